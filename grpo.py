@@ -1,0 +1,129 @@
+"""GRPO on multi-turn dialogue: no critic; a dialogue is compared with the other dialogues of its profile.
+
+Sections, the same as in ppo.py (read `diff ppo.py grpo.py`)
+    1. Advantages    A_i = (R_i - mean(R_group)) / std(R_group)                       (DeepSeekMath, arXiv 2402.03300, eq. 3)
+    2. Losses        clipped surrogate (PPO, arXiv 1707.06347, eq. 7), KL to the reference in the loss (eq. 4)
+    3. update()      one batch of dialogues -> one or more optimizer steps -> metrics
+
+Deliberate deviations from the paper
+    - The baseline is a mean over dialogues, taken before they are expanded into turns and tokens: a long dialogue weighs no
+      more in its group than a short one.
+    - With `delta` or `mixed` rewards the return is the discounted sum from a turn on, compared with the group's returns
+      at the same turn.
+    - The k3 estimate of the KL is multiplied by the importance ratio; without it the gradient is not that of the KL.
+    - The loss is divided by the number of sampled tokens of the whole batch, not per dialogue, so that a short reply's
+      tokens weigh no more than a long one's.
+"""
+
+import torch
+
+from policy import micro_batches, sampled_hidden, token_log_probs
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Advantages
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def group_advantages(batch, group_size: int, *, per_turn: bool, gamma: float = 1.0, std: bool = True):
+    """(advantages (N,), number of groups without variance). Dialogues [k * group_size, (k + 1) * group_size) are group k.
+
+    per_turn False: one return per dialogue, its sum of rewards; every token of the dialogue has the same advantage.
+    per_turn True: one return per turn, sum_k gamma^k r_(t+k); the baseline is over the group's dialogues that reached turn t.
+    """
+    returns = turn_returns(batch, gamma if per_turn else 1.0)  # {(dialogue, turn): return}
+    advantages, flat_groups = {}, 0
+    for first in range(0, int(batch.dialogue_N.max()) + 1, group_size):
+        members = range(first, first + group_size)
+        variance = False
+        last_turn = max(turn for dialogue, turn in returns if dialogue in members)
+        for turn in range(last_turn + 1):
+            at = turn if per_turn else 0  # the return from the first turn on is the dialogue's
+            reached = [d for d in members if (d, turn) in returns]
+            baseline = [returns[d, at] for d in (reached if per_turn else members)]
+            mean = sum(baseline) / len(baseline)
+            spread = (sum((value - mean) ** 2 for value in baseline) / max(1, len(baseline) - 1)) ** 0.5
+            variance |= spread > 1e-6
+            for d in reached:
+                centred = returns[d, at] - mean
+                advantages[d, turn] = (centred / spread if std else centred) if spread > 1e-6 else 0.0
+        flat_groups += not variance
+    pairs = zip(batch.dialogue_N.tolist(), batch.turn_N.tolist())
+    return torch.tensor([advantages[pair] for pair in pairs]), flat_groups
+
+
+def turn_returns(batch, gamma: float) -> dict[tuple[int, int], float]:
+    """Discounted sum of the rewards from each turn on: R_t = r_t + gamma R_(t+1)."""
+    rewards = {}
+    for d, t, reward in zip(batch.dialogue_N.tolist(), batch.turn_N.tolist(), batch.reward_N.tolist()):
+        rewards[d, t] = rewards.get((d, t), 0.0) + reward
+    returns = {}
+    for d, t in sorted(rewards, reverse=True):
+        returns[d, t] = rewards[d, t] + gamma * returns.get((d, t + 1), 0.0)
+    return returns
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Losses, one value per token
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def policy_loss(log_probs_n, old_log_probs_n, advantages_n, clip: float):
+    """-min(ratio A, clip(ratio, 1 - c, 1 + c) A), and the ratio = pi / pi_old."""
+    ratio_n = (log_probs_n - old_log_probs_n).exp()
+    clipped_n = ratio_n.clamp(1 - clip, 1 + clip)
+    return -torch.min(ratio_n * advantages_n, clipped_n * advantages_n), ratio_n
+
+
+def kl_loss(log_probs_n, ref_log_probs_n, ratio_n):
+    """ratio * k3 with k3 = exp(ref - pi) - 1 - (ref - pi) >= 0: its mean is KL(pi || ref), its gradient the KL's."""
+    log_ratio_n = ref_log_probs_n - log_probs_n
+    return ratio_n * (log_ratio_n.exp() - 1 - log_ratio_n)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Update
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def update(policy, reference, optimizer, batch, advantages_N, args, dtype=torch.float32, on_batch=lambda: None) -> dict:
+    """`args.epochs` passes over one batch, one optimizer step each. Returns metrics averaged over the sampled tokens.
+
+    The old log-probs are those of the first pass, before any step: the trainer's own forward, so its ratio is exactly 1.
+    """
+    device = next(policy.parameters()).device
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    old_log_probs_N = torch.zeros(len(batch), device=device)
+    advantages_N = advantages_N.to(device)
+    N = len(batch)
+    for epoch in range(args.epochs):
+        sums = dict.fromkeys(("policy_loss", "kl", "entropy", "approx_kl", "clip_fraction", "sampler_gap"), 0.0)
+        for rows in micro_batches(batch, args.micro_tokens):
+            hidden_n_D, index_n = sampled_hidden(policy, batch, rows, dtype)
+            log_probs_n, entropy_n = token_log_probs(policy, hidden_n_D, batch.id_N[index_n], args.temperature)
+            if epoch == 0:
+                old_log_probs_N[index_n] = log_probs_n.detach()
+            old_log_probs_n = old_log_probs_N[index_n]
+            loss_n, ratio_n = policy_loss(log_probs_n, old_log_probs_n, advantages_N[index_n], args.clip)
+            sums["policy_loss"] += loss_n.sum().item()
+            if reference is not None:
+                with torch.no_grad():
+                    ref_hidden_n_D, _ = sampled_hidden(reference, batch, rows, dtype)
+                    ref_log_probs_n, _ = token_log_probs(
+                        reference, ref_hidden_n_D, batch.id_N[index_n], args.temperature
+                    )
+                kl_n = kl_loss(log_probs_n, ref_log_probs_n, ratio_n)
+                loss_n = loss_n + args.kl * kl_n
+                sums["kl"] += kl_n.sum().item()
+            ((loss_n - args.entropy * entropy_n).sum() / N).backward()
+
+            log_ratio_n = ratio_n.detach().log()
+            sums["entropy"] += entropy_n.sum().item()
+            sums["approx_kl"] += (ratio_n.detach() - 1 - log_ratio_n).sum().item()
+            sums["clip_fraction"] += ((ratio_n.detach() - 1).abs() > args.clip).sum().item()
+            sampler_n = batch.sampler_log_probs_N[index_n].to(device)
+            sums["sampler_gap"] += (sampler_n - old_log_probs_n).abs().sum().item()
+            on_batch()
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return {name: value / N for name, value in sums.items()} | {"grad_norm": grad_norm.item()}

