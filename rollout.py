@@ -20,15 +20,37 @@ from dataclasses import dataclass, field
 
 import torch
 
-from policy import autocast, new_cache
+from policy import autocast, common_prefix, new_cache
 from simulator import Profile, Protocol, Reaction, User
 
-SYSTEM = "You are a close friend. Reply to the last message in one or two short, warm sentences."
+SYSTEM = "You are a close friend who listens."
 THINK_SYSTEM = (
-    "You are a close friend. First think about what the other person feels and needs, inside <think> and </think>. "
-    "Then reply in one or two short, warm sentences."
+    "You are a close friend who listens. First think about what the other person feels and needs, inside <think> and "
+    "</think>. Then reply."
 )
 THINK_OPENING = "<think>\n"
+# Exchanges shown before the dialogue (--examples): a 135M model needs to see what a reply is. (message, thinking, reply)
+EXAMPLES = (
+    (
+        "I failed my driving test again on Friday.",
+        "So many lessons for nothing. This must frustrate them.",
+        "That must be frustrating after all those lessons.",
+    ),
+    (
+        "I stayed up all night to sew costumes for the school play.",
+        "They worked hard and want it seen.",
+        "You were so patient with those costumes.",
+    ),
+)
+
+
+def instructions(think: bool, examples: int) -> tuple[str, list[tuple[str, str]]]:
+    """(system prompt, example exchanges): what the policy is told before every dialogue; the arguments of `Chat`."""
+    if think:
+        shown = [(message, f"{THINK_OPENING}{thinking}</think>\n{reply}") for message, thinking, reply in EXAMPLES]
+        return THINK_SYSTEM, shown[:examples]
+    return SYSTEM, [(message, reply) for message, _, reply in EXAMPLES[:examples]]
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Dialogue
@@ -115,24 +137,33 @@ def split_thinking(text: str, think: bool) -> tuple[str, str, bool]:
 
 
 class Generator:
-    """Samples for B rows in lock-step. Each row's history stays in the KV cache; a mask says which columns are its own.
+    """Samples for B rows in lock-step, once `open` has made the rows. Each row's history stays in the KV cache; a mask says which columns are its own.
 
     Rows of different lengths are padded on the left of each *piece*; padded columns are masked and have no position, so
     a row's tokens do not depend on its neighbours.
     """
 
-    def __init__(self, model, rows: int, dtype: torch.dtype = torch.float32):
+    def __init__(self, model, dtype: torch.dtype = torch.float32):
         self.model, self.dtype = model, dtype
         self.device = next(model.parameters()).device
         self.cache = new_cache(model)
-        self.seen_B_L = torch.zeros(rows, 0, dtype=torch.bool, device=self.device)  # columns that belong to the row
-        self.length_B = torch.zeros(rows, dtype=torch.long, device=self.device)
+        self.seen_B_L = torch.zeros(1, 0, dtype=torch.bool, device=self.device)  # columns that belong to the row
+        self.length_B = torch.zeros(1, dtype=torch.long, device=self.device)
+
+    def open(self, ids_B: list[list[int]]):
+        """Prefill the rows' openings, what they have in common only once; return the logits (B, V) after them."""
+        shared = min(common_prefix(ids_B), min(map(len, ids_B)) - 1)
+        if shared:
+            self.append([ids_B[0][:shared]])
+        self.keep([0] * len(ids_B))
+        return self.append([ids[shared:] for ids in ids_B])
 
     def keep(self, rows: list[int]) -> None:
-        """Drop all rows but these."""
+        """Drop all rows but these; a row may be named more than once."""
         index = torch.tensor(rows, device=self.device)
         for layer in self.cache.layers:
-            layer.keep_rows(index)
+            if layer.is_initialized:
+                layer.keep_rows(index)
         self.seen_B_L, self.length_B = self.seen_B_L[index], self.length_B[index]
 
     def forget(self, row: int, columns: slice) -> None:
@@ -234,12 +265,12 @@ def rollout(
     dialogues = [Dialogue(simulator.open(profile, protocol.start), protocol.start) for profile in profiles]
     randoms = [torch.Generator().manual_seed(seed) for seed in seeds]
     opening_think = chat.text_ids(THINK_OPENING) if think else []
-    generator = Generator(model, len(profiles), dtype)
+    generator = Generator(model, dtype)
     active = list(range(len(profiles)))  # row r of the generator is dialogue active[r]
     pieces = [chat.opening(profile.first_talk) + opening_think for profile in profiles]
     history = [[] for _ in profiles]  # ids before the piece, as the policy sees them
     for turn_number in range(protocol.turns):
-        logits = generator.append(pieces)
+        logits = generator.append(pieces) if turn_number else generator.open(pieces)
         first_column = generator.seen_B_L.shape[1]
         uniforms = torch.stack([torch.rand(max_new_tokens, generator=randoms[i]) for i in active])
         sampled = generator.sample(

@@ -1,0 +1,134 @@
+"""PPO on multi-turn dialogue: a critic says what to expect; a token is compared with that expectation.
+
+Sections, the same as in grpo.py (read `diff ppo.py grpo.py`)
+    1. Advantages    GAE: delta_t = r_t + gamma V_(t+1) - V_t, A_t = sum_k (gamma lambda)^k delta_(t+k)  (arXiv 1506.02438, eq. 16)
+    2. Losses        clipped surrogate (PPO, arXiv 1707.06347, eq. 7), clipped value loss; KL to the reference in the reward
+    3. update()      one batch of dialogues -> one or more optimizer steps -> metrics
+
+Deliberate deviations from the paper
+    - GAE runs over the sampled tokens of a dialogue, in order, as if nothing lay between them: the user's words are the
+      environment, so there is no discount and no value difference across them. `gamma` discounts from one turn to the
+      next and is 1 within a turn; the paper's gamma is 1 everywhere, where both are the same.
+    - A dialogue at the turn limit is treated as ended: its emotion is final and nothing is bootstrapped.
+"""
+
+import torch
+
+from policy import micro_batches, sampled_hidden, token_log_probs
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Advantages
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def gae(rewards_N, values_N, batch, *, gamma: float = 1.0, lam: float = 1.0):
+    """(advantages (N,), returns (N,)), float32, for the sampled tokens of all dialogues in order.
+
+    delta_t = r_t + gamma_t V_(t+1) - V_t and A_t = delta_t + gamma_t lambda A_(t+1); gamma_t is `gamma` where the next
+    sampled token belongs to the dialogue's next turn, 1 within a turn, 0 at the dialogue's last token.
+    """
+    dialogues, turns = batch.dialogue_N.tolist(), batch.turn_N.tolist()
+    rewards, values = rewards_N.tolist(), values_N.tolist()
+    advantages = [0.0] * len(rewards)
+    for n in reversed(range(len(rewards))):
+        advantages[n] = rewards[n] - values[n]
+        if n + 1 < len(rewards) and dialogues[n + 1] == dialogues[n]:
+            discount = 1.0 if turns[n + 1] == turns[n] else gamma
+            advantages[n] += discount * (values[n + 1] + lam * advantages[n + 1])
+    advantages_N = torch.tensor(advantages)
+    return advantages_N, advantages_N + values_N.cpu()
+
+
+def whiten(values_N):
+    """Mean 0 and standard deviation 1 over all sampled tokens; a single token becomes 0."""
+    centred_N = values_N - values_N.mean()
+    return centred_N / (centred_N.square().mean().sqrt() + 1e-8)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Losses, one value per token
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def policy_loss(log_probs_n, old_log_probs_n, advantages_n, clip: float):
+    """-min(ratio A, clip(ratio, 1 - c, 1 + c) A), and the ratio = pi / pi_old."""
+    ratio_n = (log_probs_n - old_log_probs_n).exp()
+    clipped_n = ratio_n.clamp(1 - clip, 1 + clip)
+    return -torch.min(ratio_n * advantages_n, clipped_n * advantages_n), ratio_n
+
+
+def value_loss(values_n, old_values_n, returns_n, clip: float):
+    """max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / 2"""
+    clipped_n = old_values_n + (values_n - old_values_n).clamp(-clip, clip)
+    return 0.5 * torch.max((values_n - returns_n).square(), (clipped_n - returns_n).square())
+
+
+def kl_penalty(log_probs_n, ref_log_probs_n):
+    """k1 = pi - ref on sampled tokens: its mean is KL(pi || ref). It belongs in the reward; in the loss its gradient is 0."""
+    return log_probs_n - ref_log_probs_n
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Update
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _before(policy, reference, critic, batch, args, dtype):
+    """(old log-probs, reference log-probs, values), each (N,): all three models as they were when the batch was sampled."""
+    device = next(policy.parameters()).device
+    old_log_probs_N, ref_log_probs_N, values_N = (torch.zeros(len(batch), device=device) for _ in range(3))
+    for rows in micro_batches(batch, args.micro_tokens):
+        for model, log_probs_N in ((policy, old_log_probs_N), (reference, ref_log_probs_N)):
+            if model is not None:
+                hidden_n_D, index_n = sampled_hidden(model, batch, rows, dtype)
+                log_probs_N[index_n] = token_log_probs(model, hidden_n_D, batch.id_N[index_n], args.temperature)[0]
+        values_n, index_n = critic.values(batch, rows, dtype)
+        values_N[index_n] = values_n
+    return old_log_probs_N, old_log_probs_N if reference is None else ref_log_probs_N, values_N
+
+
+def update(
+    policy, reference, critic, optimizer, critic_optimizer, batch, args, dtype=torch.float32, on_batch=lambda: None
+) -> dict:
+    """`args.epochs` passes over one batch, one optimizer step each. Returns metrics averaged over the sampled tokens."""
+    device = next(policy.parameters()).device
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    critic_trained = [p for p in critic.parameters() if p.requires_grad]
+    N = len(batch)
+    old_log_probs_N, ref_log_probs_N, old_values_N = _before(policy, reference, critic, batch, args, dtype)
+    kl_N = kl_penalty(old_log_probs_N, ref_log_probs_N)
+    rewards_N = batch.reward_N.to(device) - args.kl * kl_N
+    advantages_N, returns_N = gae(rewards_N, old_values_N, batch, gamma=args.gamma, lam=args.lam)
+    explained = 1 - (returns_N - old_values_N.cpu()).var(correction=0) / (returns_N.var(correction=0) + 1e-8)
+    advantages_N, returns_N = whiten(advantages_N).to(device), returns_N.to(device)
+    for epoch in range(args.epochs):
+        sums = dict.fromkeys(("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "sampler_gap"), 0.0)
+        for rows in micro_batches(batch, args.micro_tokens):
+            hidden_n_D, index_n = sampled_hidden(policy, batch, rows, dtype)
+            log_probs_n, entropy_n = token_log_probs(policy, hidden_n_D, batch.id_N[index_n], args.temperature)
+            old_log_probs_n = old_log_probs_N[index_n]
+            loss_n, ratio_n = policy_loss(log_probs_n, old_log_probs_n, advantages_N[index_n], args.clip)
+            sums["policy_loss"] += loss_n.sum().item()
+            ((loss_n - args.entropy * entropy_n).sum() / N).backward()
+
+            values_n, index_n = critic.values(batch, rows, dtype)
+            critic_loss_n = value_loss(values_n, old_values_N[index_n], returns_N[index_n], args.value_clip)
+            sums["value_loss"] += critic_loss_n.sum().item()
+            (critic_loss_n.sum() / N).backward()
+
+            log_ratio_n = ratio_n.detach().log()
+            sums["entropy"] += entropy_n.sum().item()
+            sums["approx_kl"] += (ratio_n.detach() - 1 - log_ratio_n).sum().item()
+            sums["clip_fraction"] += ((ratio_n.detach() - 1).abs() > args.clip).sum().item()
+            sampler_n = batch.sampler_log_probs_N[index_n].to(device)
+            sums["sampler_gap"] += (sampler_n - old_log_probs_n).abs().sum().item()
+            on_batch()
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(critic_trained, args.max_grad_norm)
+        for step_of in (optimizer, critic_optimizer):
+            step_of.step()
+            step_of.zero_grad(set_to_none=True)
+    metrics = {name: value / N for name, value in sums.items()}
+    metrics |= {"kl": kl_N.mean().item(), "explained_variance": explained.item(), "grad_norm": grad_norm.item()}
+    return metrics
