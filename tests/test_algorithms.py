@@ -1,0 +1,241 @@
+"""PPO and GRPO against slow, obvious oracles (checklist 3, 4, 5, 9, 10, 12, 13, 14, 16, 17, 18, 19)."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_model
+
+import grpo
+import ppo
+from policy import Critic, common_prefix, frozen_copy, micro_batches, sampled_hidden, token_log_probs, train_upper_layers
+from rollout import Batch
+
+ARGS = SimpleNamespace(
+    epochs=1, micro_tokens=64, temperature=0.8, clip=0.2, value_clip=0.5, kl=0.1, entropy=0.01, max_grad_norm=1e9, gamma=1.0, lam=0.95
+)  # fmt: skip
+
+
+def make(turns_of, rewards_of, prefix=5, seed=0):
+    """A batch: turns_of[d] lists the sampled tokens per turn of dialogue d, rewards_of[d] the reward per turn."""
+    rng = torch.Generator().manual_seed(seed)
+    ids = lambda n: torch.randint(3, 250, (n,), generator=rng).tolist()  # noqa: E731
+    opening = ids(prefix)
+    sequences, rows = [], []
+    for d, (turns, rewards) in enumerate(zip(turns_of, rewards_of)):
+        sequence = opening + ids(2 + d % 3)
+        for t, (count, reward) in enumerate(zip(turns, rewards)):
+            for k in range(count):
+                sequence += ids(1)
+                rows.append((d, len(sequence) - 1, sequence[-1], d, t, 0.0, reward if k == count - 1 else 0.0))
+            sequence = sequence + ids(3)
+        sequences.append(sequence)
+    return Batch(sequences, *(torch.tensor(column) for column in zip(*rows)))
+
+
+def ragged():
+    return make([[3, 2], [1], [4, 1, 2], [2, 2]], [[0.1, 0.3], [0.5], [0.0, -0.2, 0.4], [0.2, 0.2]])
+
+
+def slow_log_probs(model, batch, temperature):
+    """One sequence at a time, all logits."""
+    values = []
+    for row, column in zip(batch.row_N.tolist(), batch.column_N.tolist()):
+        ids = torch.tensor([batch.sequences[row]])
+        logits = model(input_ids=ids).logits[0, column - 1] / temperature
+        values.append(torch.log_softmax(logits, -1)[ids[0, column]])
+    return torch.stack(values)
+
+
+def fast_log_probs(model, batch, micro_tokens, temperature=0.8):
+    result = torch.zeros(len(batch))
+    for rows in micro_batches(batch, micro_tokens):
+        hidden, index = sampled_hidden(model, batch, rows, torch.float32)
+        result = result.index_put((index,), token_log_probs(model, hidden, batch.id_N[index], temperature)[0])
+    return result
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("micro_tokens", [1, 30, 1000])
+def test_padded_and_shared_prefix_log_probs_equal_single_sequences(kind, micro_tokens):
+    model, batch = tiny_model(kind), ragged()
+    weights = torch.randn(len(batch), generator=torch.Generator().manual_seed(1))
+    slow, fast = slow_log_probs(model, batch, 0.8), fast_log_probs(model, batch, micro_tokens)
+    assert torch.allclose(fast, slow, atol=1e-5)
+    parameters = list(model.parameters())
+    for a, b in zip(torch.autograd.grad((slow * weights).sum(), parameters), torch.autograd.grad((fast * weights).sum(), parameters)):
+        assert torch.allclose(a, b, atol=1e-4), "the gradient flows through the shared prefix too"
+
+
+def test_micro_batches_cover_everything_and_start_with_the_longest():
+    batch = ragged()
+    groups = micro_batches(batch, 40)
+    assert sorted(row for group in groups for row in group) == [0, 1, 2, 3]
+    longest = max(range(4), key=lambda row: len(batch.sequences[row]))
+    assert longest in groups[0]
+    assert common_prefix([[1, 2, 3], [1, 2], [1, 2, 4]]) == 2
+
+
+@pytest.mark.parametrize("module", [ppo, grpo])
+def test_clip(module):
+    """At A = -1 the gradient in the ratio is 0 at 0.5 and 1 at 1.5 (loss = -A ratio); at A = +1 the other way round."""
+
+    def slope(ratio, advantage):
+        log_ratio = torch.tensor([ratio]).log().requires_grad_()
+        module.policy_loss(log_ratio, torch.zeros(1), torch.tensor([advantage]), 0.2)[0].sum().backward()
+        return log_ratio.grad.item() / ratio
+
+    assert slope(0.5, -1.0) == 0 and slope(1.5, -1.0) == pytest.approx(1.0)
+    assert slope(1.5, 1.0) == 0 and slope(0.5, 1.0) == pytest.approx(-1.0)
+
+
+def test_kl_estimators_have_the_exact_value_and_gradient():
+    """Averaged over a small softmax, k1 and ratio * k3 equal KL(pi || ref); the gradient of ratio * k3 is the KL's."""
+    logits = torch.tensor([0.3, -1.0, 0.8, 0.1], requires_grad=True)
+    ref = torch.log_softmax(torch.tensor([0.0, 0.5, -0.5, 0.2]), -1)
+    log_pi = torch.log_softmax(logits, -1)
+    exact = (log_pi.exp() * (log_pi - ref)).sum()
+    (exact_gradient,) = torch.autograd.grad(exact, logits, retain_graph=True)
+    weights = log_pi.exp().detach()  # expectation over samples from pi
+    assert (weights * ppo.kl_penalty(log_pi, ref)).sum().item() == pytest.approx(exact.item())
+    ratio = (log_pi - log_pi.detach()).exp()
+    estimate = (weights * grpo.kl_loss(log_pi, ref, ratio)).sum()
+    assert estimate.item() == pytest.approx(exact.item()) and (grpo.kl_loss(log_pi, ref, ratio) >= 0).all()
+    assert torch.allclose(torch.autograd.grad(estimate, logits)[0], exact_gradient, atol=1e-6)
+
+
+def test_gae_against_the_sum():
+    """A_t = sum_k (gamma lambda)^k delta_(t+k), dialogue by dialogue; user tokens in between leave no trace."""
+    batch, gamma, lam = ragged(), 0.7, 0.9
+    values = torch.randn(len(batch), generator=torch.Generator().manual_seed(3))
+    advantages, returns = ppo.gae(batch.reward_N, values, batch, gamma=gamma, lam=lam)
+    for d in range(4):
+        index = (batch.dialogue_N == d).nonzero().squeeze(1).tolist()
+        assert index == list(range(index[0], index[0] + len(index)))
+        step = [
+            (1.0 if batch.turn_N[a] == batch.turn_N[b] else gamma) for a, b in zip(index, index[1:])
+        ] + [0.0]  # fmt: skip
+        next_value = [values[n].item() for n in index[1:]] + [0.0]
+        delta = [batch.reward_N[n].item() + step[k] * next_value[k] - values[n].item() for k, n in enumerate(index)]
+        for k, n in enumerate(index):
+            expected, weight = 0.0, 1.0
+            for j in range(k, len(index)):
+                expected += weight * delta[j]
+                weight *= step[j] * lam
+            assert advantages[n].item() == pytest.approx(expected, abs=1e-5)
+    assert torch.allclose(returns, advantages + values)
+
+
+def test_gae_with_the_papers_settings_is_return_minus_value():
+    batch = make([[3, 2]], [[0.0, 0.8]])
+    advantages, _ = ppo.gae(batch.reward_N, torch.full((5,), 0.3), batch)
+    assert torch.allclose(advantages, torch.full((5,), 0.5))
+
+
+def test_whitening():
+    assert ppo.whiten(torch.tensor([2.0])).item() == 0.0
+    white = ppo.whiten(torch.tensor([1.0, 2.0, 6.0]))
+    assert white.mean().abs() < 1e-6 and white.square().mean().sqrt() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_value_loss_clip():
+    loss = ppo.value_loss(torch.tensor([2.0, 0.1]), torch.zeros(2), torch.tensor([2.0, 1.0]), 0.5)
+    assert torch.allclose(loss, torch.tensor([0.5 * 1.5**2, 0.5 * 0.9**2]))
+
+
+def test_group_baseline_is_over_dialogues_not_tokens():
+    """Returns 1 (one token) and 0 (ten tokens): the mean is 0.5, whatever the lengths."""
+    batch = make([[1], [5, 5]], [[1.0], [0.0, 0.0]])
+    advantages, flat = grpo.group_advantages(batch, 2, per_turn=False, std=False)
+    assert flat == 0 and advantages[0] == 0.5 and (advantages[1:] == -0.5).all()
+    normalised, _ = grpo.group_advantages(batch, 2, per_turn=False, std=True)
+    assert normalised[0] == pytest.approx(0.5 / 0.5**0.5)
+
+
+def test_per_turn_baseline_and_discount():
+    batch = make([[2, 1], [1, 2], [1]], [[0.2, 0.6], [0.4, 0.0], [0.3]])
+    advantages, _ = grpo.group_advantages(batch, 3, per_turn=True, gamma=0.5, std=False)
+    of = {(d, t): a for d, t, a in zip(batch.dialogue_N.tolist(), batch.turn_N.tolist(), advantages.tolist())}
+    first = [0.2 + 0.5 * 0.6, 0.4, 0.3]
+    for d in range(3):
+        assert of[d, 0] == pytest.approx(first[d] - sum(first) / 3, abs=1e-6)
+    assert of[0, 1] == pytest.approx(0.3) and of[1, 1] == pytest.approx(-0.3)
+
+
+def test_a_group_without_variance_is_counted_and_moves_nothing():
+    batch = make([[2], [3], [1], [2]], [[0.4], [0.4], [0.1], [0.9]])
+    advantages, flat = grpo.group_advantages(batch, 2, per_turn=False)
+    assert flat == 1 and (advantages[batch.dialogue_N < 2] == 0).all() and (advantages[batch.dialogue_N >= 2] != 0).all()
+
+
+def run_update(algo, micro_tokens, *, epochs=1, lr=1e-2):
+    model = tiny_model()
+    reference = frozen_copy(tiny_model(seed=1))
+    args = SimpleNamespace(**(vars(ARGS) | {"micro_tokens": micro_tokens, "epochs": epochs}))
+    batch = ragged()
+    batch.sampler_log_probs_N = slow_log_probs(model, batch, args.temperature).detach()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    if algo == "grpo":
+        advantages, _ = grpo.group_advantages(batch, 2, per_turn=False)
+        metrics = grpo.update(model, reference, optimizer, batch, advantages, args)
+        return model, None, metrics
+    critic = Critic(model)
+    critic_optimizer = torch.optim.SGD(critic.parameters(), lr=lr)
+    metrics = ppo.update(model, reference, critic, optimizer, critic_optimizer, batch, args)
+    return model, critic, metrics
+
+
+@pytest.mark.parametrize("algo", ["ppo", "grpo"])
+def test_micro_batch_size_does_not_change_the_update(algo):
+    whole, critic, _ = run_update(algo, 10_000)
+    pieces, other_critic, _ = run_update(algo, 1)
+    for a, b in zip(whole.parameters(), pieces.parameters()):
+        assert torch.allclose(a, b, atol=1e-6)
+    if critic:
+        assert torch.allclose(critic.value_head.weight, other_critic.value_head.weight, atol=1e-6)
+        assert critic.value_head.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("algo", ["ppo", "grpo"])
+def test_first_ratio_is_one_and_the_sampler_agrees(algo):
+    _, _, metrics = run_update(algo, 64)
+    assert metrics["approx_kl"] == 0.0 and metrics["clip_fraction"] == 0.0
+    assert metrics["sampler_gap"] < 1e-5
+    _, _, second = run_update(algo, 64, epochs=2, lr=1.0)
+    assert second["approx_kl"] > 0.0, "the second epoch has moved away from the old log-probs"
+
+
+def test_grpo_update_equals_the_formula():
+    """One SGD step against the loss written out with slow log-probs."""
+    model, reference = tiny_model(), tiny_model(seed=1)
+    batch = ragged()
+    advantages, _ = grpo.group_advantages(batch, 2, per_turn=False)
+    log_pi, log_ref = slow_log_probs(model, batch, 0.8), slow_log_probs(reference, batch, 0.8).detach()
+    entropies = []
+    for row, column in zip(batch.row_N.tolist(), batch.column_N.tolist()):
+        log_p = torch.log_softmax(model(input_ids=torch.tensor([batch.sequences[row]])).logits[0, column - 1] / 0.8, -1)
+        entropies.append(-(log_p.exp() * log_p).sum())
+    surrogate = -(log_pi - log_pi.detach()).exp() * advantages
+    kl = 0.5 * (log_pi - log_ref).square()  # k2 has the same gradient as ratio * k3
+    loss = (surrogate + 0.1 * kl - 0.01 * torch.stack(entropies)).sum() / len(batch)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    updated, _, _ = run_update("grpo", 64)
+    for before, gradient, after in zip(model.parameters(), gradients, updated.parameters()):
+        assert torch.allclose(before - 1e-2 * gradient, after, atol=1e-5)
+
+
+def test_log_softmax_is_float32_and_the_value_head_starts_at_zero(model):
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    log_probs, entropy = token_log_probs(half, torch.randn(3, 32, dtype=torch.bfloat16), torch.tensor([1, 2, 3]), 1.0)
+    assert log_probs.dtype == entropy.dtype == torch.float32
+    batch = ragged()
+    values, _ = Critic(model).values(batch, [0, 1], torch.float32)
+    assert (values == 0).all()
+    assert not any(module.training for module in Critic(model).modules() if isinstance(module, torch.nn.Dropout))
+
+
+def test_lower_layers_stay_frozen(model):
+    train_upper_layers(model, 1)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained and all("layers.2" in name or name == "model.norm.weight" for name in trained)
