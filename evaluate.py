@@ -41,7 +41,9 @@ def summarize(transcripts: list[dict]) -> dict:
         groups = {}
         for transcript in transcripts:
             groups.setdefault(transcript[field], []).append(transcript["emo_point"])
-        return {name: [len(group), *(round(x, 2) for x in mean_and_error(group))] for name, group in sorted(groups.items())}
+        return {
+            name: [len(group), *(round(x, 2) for x in mean_and_error(group))] for name, group in sorted(groups.items())
+        }
 
     return {
         "dialogues": len(transcripts),
@@ -142,9 +144,11 @@ def main(argv=None) -> int:
     parser.add_argument("--profiles", default=str(Path(__file__).parent / "data" / "test_profiles.jsonl"))
     parser.add_argument("--difficulty", choices=("vanilla", "challenging"), default="vanilla")
     parser.add_argument("--think", action="store_true", help="think-then-say format")
-    parser.add_argument("--examples", type=int, default=2, help="example exchanges in the prompt, as in training (0 to 2)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--max-new-tokens", type=int, default=40, help="per reply, thinking included")
+    parser.add_argument(
+        "--examples", type=int, default=6, help="example exchanges in the prompt, as in training (0 to 6)"
+    )
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy; the laptop preset trains at 0.7")
+    parser.add_argument("--max-new-tokens", type=int, default=24, help="per reply, thinking included")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", type=int, default=3, help="print this many dialogues in full")
     parser.add_argument("--transcripts", nargs="+", metavar="FILE", help="score these dialogues instead of a model")
@@ -187,7 +191,11 @@ def _run(args) -> int:
     print_groups(results[first])
     if args.against and not args.transcripts:
         results["difference"] = compare(dialogues[args.model], dialogues[args.against])
-        print("\n{} - {}: {difference:+.1f} +- {standard_error:.1f}".format(args.model, args.against, **results["difference"]))
+        print(
+            "\n{} - {}: {difference:+.1f} +- {standard_error:.1f}".format(
+                args.model, args.against, **results["difference"]
+            )
+        )
     for transcript in dialogues[first][: args.show]:
         print_dialogue(transcript)
     settings = {key: value for key, value in vars(args).items() if key != "out"}

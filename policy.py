@@ -45,7 +45,9 @@ def load_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float3
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"--model {name}: neither a model folder nor within reach on the hub ({reason:.160})") from None
+        raise ModelError(
+            f"--model {name}: neither a model folder nor within reach on the hub ({reason:.160})"
+        ) from None
     if tokenizer.chat_template is None:
         raise ModelError(f"--model {name}: its tokenizer has no chat template; choose an instruct model")
     if tokenizer.pad_token_id is None:
@@ -150,7 +152,9 @@ class Chat:
         after_reply, header = rest.split(self.REPLY, 1)[1].split(self.USER, 1)
         self.head, self.opening_header = self._encode(head), self._encode(header)
         stop_text = next(
-            token for token in sorted(tokenizer.all_special_tokens, key=len, reverse=True) if after_reply.startswith(token)
+            token
+            for token in sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+            if after_reply.startswith(token)
         )
         self.stop_id = tokenizer.convert_tokens_to_ids(stop_text)
         self.stop_ids = sorted({self.stop_id, tokenizer.eos_token_id})

@@ -33,13 +33,33 @@ THINK_OPENING = "<think>\n"
 EXAMPLES = (
     (
         "I failed my driving test again on Friday.",
-        "So many lessons for nothing. This must frustrate them.",
+        "So many lessons for nothing. They must be frustrated.",
         "That must be frustrating after all those lessons.",
     ),
     (
         "I stayed up all night to sew costumes for the school play.",
         "They worked hard and want it seen.",
-        "You were so patient with those costumes.",
+        "It took real patience to sew costumes all night.",
+    ),
+    (
+        "My sister sold our mother's piano.",
+        "The piano stands for their mother. They need room to talk.",
+        "It hurts to lose that piano. I'm listening, tell me about your mother.",
+    ),
+    (
+        "My neighbour shouted at me in front of the whole street.",
+        "That was humiliating, and they want somebody on their side.",
+        "No wonder you feel humiliated. He had no right to shout at you.",
+    ),
+    (
+        "Nobody came to my exhibition, not even my brother.",
+        "They feel alone with it.",
+        "An empty exhibition sounds so lonely.",
+    ),
+    (
+        "I drove my grandfather to the hospital every week.",
+        "Nobody thanked them for it.",
+        "You were loyal to your grandfather, week after week.",
     ),
 )
 
@@ -101,7 +121,9 @@ class Dialogue:
         profile = self.user.profile
         history = [{"role": "user", "content": profile.first_talk, "emotion-point": self.start}]
         for turn in self.turns:
-            history.append({"role": "assistant", "content": turn.reply, "thinking": turn.thinking, "stopped": turn.stopped})
+            history.append(
+                {"role": "assistant", "content": turn.reply, "thinking": turn.thinking, "stopped": turn.stopped}
+            )
             if turn.reaction:
                 planning = {"change": turn.reaction.appraisal.change, "fired": turn.reaction.appraisal.fired}
                 message = {"role": "user", "content": turn.reaction.message, "emotion-point": turn.reaction.emotion}
@@ -273,9 +295,7 @@ def rollout(
         logits = generator.append(pieces) if turn_number else generator.open(pieces)
         first_column = generator.seen_B_L.shape[1]
         uniforms = torch.stack([torch.rand(max_new_tokens, generator=randoms[i]) for i in active])
-        sampled = generator.sample(
-            logits, chat.stop_ids, max_new_tokens, temperature, uniforms.to(generator.device)
-        )
+        sampled = generator.sample(logits, chat.stop_ids, max_new_tokens, temperature, uniforms.to(generator.device))
         waiting = {}
         for row, (i, (ids, log_probs, stopped)) in enumerate(zip(active, sampled)):
             thinking, reply, format_ok = split_thinking(chat.decode(ids), think)

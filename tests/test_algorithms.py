@@ -9,7 +9,15 @@ from conftest import tiny_model
 
 import grpo
 import ppo
-from policy import Critic, common_prefix, frozen_copy, micro_batches, sampled_hidden, token_log_probs, train_upper_layers
+from policy import (
+    Critic,
+    common_prefix,
+    frozen_copy,
+    micro_batches,
+    sampled_hidden,
+    token_log_probs,
+    train_upper_layers,
+)
 from rollout import Batch
 
 ARGS = SimpleNamespace(
@@ -64,7 +72,9 @@ def test_padded_and_shared_prefix_log_probs_equal_single_sequences(kind, micro_t
     slow, fast = slow_log_probs(model, batch, 0.8), fast_log_probs(model, batch, micro_tokens)
     assert torch.allclose(fast, slow, atol=1e-5)
     parameters = list(model.parameters())
-    for a, b in zip(torch.autograd.grad((slow * weights).sum(), parameters), torch.autograd.grad((fast * weights).sum(), parameters)):
+    for a, b in zip(
+        torch.autograd.grad((slow * weights).sum(), parameters), torch.autograd.grad((fast * weights).sum(), parameters)
+    ):
         assert torch.allclose(a, b, atol=1e-4), "the gradient flows through the shared prefix too"
 
 
@@ -166,7 +176,9 @@ def test_per_turn_baseline_and_discount():
 def test_a_group_without_variance_is_counted_and_moves_nothing():
     batch = make([[2], [3], [1], [2]], [[0.4], [0.4], [0.1], [0.9]])
     advantages, flat = grpo.group_advantages(batch, 2, per_turn=False)
-    assert flat == 1 and (advantages[batch.dialogue_N < 2] == 0).all() and (advantages[batch.dialogue_N >= 2] != 0).all()
+    assert (
+        flat == 1 and (advantages[batch.dialogue_N < 2] == 0).all() and (advantages[batch.dialogue_N >= 2] != 0).all()
+    )
 
 
 def run_update(algo, micro_tokens, *, epochs=1, lr=1e-2):

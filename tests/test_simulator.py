@@ -92,7 +92,12 @@ def test_profiles_cover_intentions_and_characters_evenly_and_share_no_persona():
 
 @pytest.mark.parametrize(
     "field, value, named",
-    [("task", "to win", "task"), ("facts", [], "facts"), ("first_talk", "", "first_talk"), ("feelings", ["odd"], "odd")],
+    [
+        ("task", "to win", "task"),
+        ("facts", [], "facts"),
+        ("first_talk", "", "first_talk"),
+        ("feelings", ["odd"], "odd"),
+    ],
 )
 def test_a_bad_line_names_file_line_and_field(tmp_path, field, value, named):
     lines = (ROOT / "data" / "test_profiles.jsonl").read_text(encoding="utf-8").splitlines()[:3]
@@ -252,7 +257,9 @@ def test_a_good_listener_serves_the_hidden_intention(profiles, intention):
     assert mean >= 80
     for other in INTENTIONS:
         if other != intention:
-            assert mean_final(profiles[:16], intention, listener(other))[0] <= mean - 20, f"{other} listener for {intention}"
+            assert mean_final(profiles[:16], intention, listener(other))[0] <= mean - 20, (
+                f"{other} listener for {intention}"
+            )
 
 
 # --- cheap tricks -----------------------------------------------------------------------------------------------------
@@ -292,7 +299,9 @@ TRICKS = {
     "cheerful": lambda turn, user: f"That's wonderful, I'm so happy about the {topic(user)[0]}!",
     "own story": lambda turn, user: f"I had a {topic(user)[0]} too, and my family was very sad.",
     "minimise": lambda turn, user: f"At least the {topic(user)[0]} is over, don't worry about the {topic(user)[1]}.",
-    "details without a deed": lambda turn, user: f"The {topic(user)[0]}. The {topic(user)[1]}. The {topic(user)[0]} again.",
+    "details without a deed": lambda turn, user: (
+        f"The {topic(user)[0]}. The {topic(user)[1]}. The {topic(user)[0]} again."
+    ),
     "keyword salad": lambda turn, user: f"Courage {topic(user)[0]} brave {topic(user)[1]} feel listen hurt you.",
 }
 # Nonsense that a policy trained on keywords said, in variants: it must not pay.

