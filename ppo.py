@@ -102,7 +102,7 @@ def update(
     advantages_N, returns_N = gae(rewards_N, old_values_N, batch, gamma=args.gamma, lam=args.lam)
     explained = 1 - (returns_N - old_values_N.cpu()).var(correction=0) / (returns_N.var(correction=0) + 1e-8)
     advantages_N, returns_N = whiten(advantages_N).to(device), returns_N.to(device)
-    for epoch in range(args.epochs):
+    for _ in range(args.epochs):
         sums = dict.fromkeys(("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "sampler_gap"), 0.0)
         for rows in micro_batches(batch, args.micro_tokens):
             hidden_n_D, index_n = sampled_hidden(policy, batch, rows, dtype)

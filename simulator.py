@@ -587,7 +587,7 @@ def appraise(user: User, reply: str) -> Appraisal:
     for text in sentences[:12]:
         sentence = read_sentence(text, user.messages, told - used)
         questions += text.endswith("?")
-        if any(same_words(text, earlier) >= 0.75 for earlier in earlier_sentences):
+        if any(same_words(text, earlier) >= 0.84 for earlier in earlier_sentences):
             fire("repeats", text)
             continue
         earlier_sentences.append(text)

@@ -199,6 +199,7 @@ def listener(intention):
     def reply(turn, user):
         a, b = topic(user)
         p, k = user.profile, turn % 3
+        deed = p.deeds[(turn + turn // 3) % 3]  # another deed whenever the wording comes round again
         feeling = FEELING_WORD[p.feelings[turn % len(p.feelings)]]
         return {
             "empathy": (
@@ -212,9 +213,9 @@ def listener(intention):
                 f"Take your time with the {a} and the {b}.",
             ),
             "praise": (
-                f"It took courage to {p.deeds[turn % 3]}, and the {a} shows it.",
-                f"You were strong to {p.deeds[turn % 3]}, even with the {a}.",
-                f"I admire that you managed to {p.deeds[turn % 3]}, {a} and all.",
+                f"It took courage to {deed}, and the {a} shows it.",
+                f"You were strong to {deed}, even with the {a}.",
+                f"I admire that you managed to {deed}, {a} and all.",
             ),
             "reflect": (
                 f"What did you learn about yourself from the {a} and the {b}?",
@@ -223,13 +224,31 @@ def listener(intention):
             ),
             "balance": (
                 f"On one hand {p.sides[0]}, and on the other hand {p.sides[1]}, see the {a}.",
-                f"With the {a} both sides are true: {p.sides[1]}, yet {p.sides[0]}.",
-                f"At the same time as the {a}, {p.sides[0]}, while {p.sides[1]}.",
+                f"At the same time the {a} weighed on you, the {b} weighed on them.",
+                f"Both sides are true: you had the {a} to carry, they had the {b}.",
+            )
+            if turn < 3
+            else (
+                f"From their side the {a} looked different, from yours the {b} did.",
+                f"There are two sides to the {a}, and to the {b} as well.",
+                f"On the other hand, the {a} was no easier for them than the {b} for you.",
+            )
+            if turn < 6
+            else (
+                f"While you saw the {a}, they saw the {b}.",
+                f"Seen from their point of view, the {a} weighs less than your {b}.",
+                f"You can be right about the {a}, and at the same time they about the {b}.",
             ),
             "motives": (
                 f"Maybe {p.who} did that with the {a} because {p.motive}.",
-                f"Perhaps the {b} came about because {p.motive}, {p.who} and the {a} included.",
-                f"It could be that {p.motive}, and he or she hid it behind the {a} and the {b}.",
+                f"Perhaps the {a} and the {b} scared them, because they could not say it.",
+                f"They might have wanted the {a} so much because the {b} was all they had.",
+            )
+            if turn < 3
+            else (
+                f"It may be that they felt small beside the {a} and the {b}.",
+                f"Perhaps they didn't know what the {a} or the {b} meant to you.",
+                f"They were probably afraid of the {a}, and of the {b} even more.",
             ),
             "blameless": (
                 f"It was not your fault, look at the {a} and the {b}.",
@@ -238,8 +257,20 @@ def listener(intention):
             ),
             "advice": (
                 f"You could {p.step}, and begin with the {a} and the {b}.",
-                f"You could write the {a} and the {b} down and show that page to them.",
-                f"You might want to ask them about the {a} before the {b} gets worse.",
+                f"Write down what the {a} and the {b} cost you, and show them that page.",
+                f"Ask them about the {a} first, before the {b} gets worse.",
+            )
+            if turn < 3
+            else (
+                f"Put the {a} aside until the {b} is settled.",
+                f"Try talking to somebody who knows both the {a} and the {b}.",
+                f"Tell them calmly that the {a} matters to you more than the {b}.",
+            )
+            if turn < 6
+            else (
+                f"Start small with the {a}, and leave the {b} for later.",
+                f"It might help to bring the {a} along when you speak of the {b}.",
+                f"If I were you, the {a} would come first and the {b} second.",
             ),
         }[intention][k]
 
