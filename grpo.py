@@ -85,7 +85,7 @@ def kl_loss(log_probs_n, ref_log_probs_n, ratio_n):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def update(policy, reference, optimizer, batch, advantages_N, args, dtype=torch.float32, on_batch=lambda: None) -> dict:
+def update(policy, reference, optimizer, batch, advantages_N, args, dtype=torch.float32) -> dict:
     """`args.epochs` passes over one batch, one optimizer step each. Returns metrics averaged over the sampled tokens.
 
     The old log-probs are those of the first pass, before any step: the trainer's own forward, so its ratio is exactly 1.
@@ -122,7 +122,6 @@ def update(policy, reference, optimizer, batch, advantages_N, args, dtype=torch.
             sums["clip_fraction"] += ((ratio_n.detach() - 1).abs() > args.clip).sum().item()
             sampler_n = batch.sampler_log_probs_N[index_n].to(device)
             sums["sampler_gap"] += (sampler_n - old_log_probs_n).abs().sum().item()
-            on_batch()
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

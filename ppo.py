@@ -74,39 +74,43 @@ def kl_penalty(log_probs_n, ref_log_probs_n):
 
 
 @torch.no_grad()
-def _before(policy, reference, critic, batch, args, dtype):
-    """(old log-probs, reference log-probs, values), each (N,): all three models as they were when the batch was sampled."""
-    device = next(policy.parameters()).device
-    old_log_probs_N, ref_log_probs_N, values_N = (torch.zeros(len(batch), device=device) for _ in range(3))
+def _before(reference, critic, batch, args, dtype):
+    """(reference log-probs, values), each (N,), before any step. Without a reference the KL is 0."""
+    device = critic.value_head.weight.device
+    ref_log_probs_N, values_N = batch.sampler_log_probs_N.to(device).clone(), torch.zeros(len(batch), device=device)
     for rows in micro_batches(batch, args.micro_tokens):
-        for model, log_probs_N in ((policy, old_log_probs_N), (reference, ref_log_probs_N)):
-            if model is not None:
-                hidden_n_D, index_n = sampled_hidden(model, batch, rows, dtype)
-                log_probs_N[index_n] = token_log_probs(model, hidden_n_D, batch.id_N[index_n], args.temperature)[0]
+        if reference is not None:
+            hidden_n_D, index_n = sampled_hidden(reference, batch, rows, dtype)
+            ref_log_probs_N[index_n] = token_log_probs(reference, hidden_n_D, batch.id_N[index_n], args.temperature)[0]
         values_n, index_n = critic.values(batch, rows, dtype)
         values_N[index_n] = values_n
-    return old_log_probs_N, old_log_probs_N if reference is None else ref_log_probs_N, values_N
+    return ref_log_probs_N, values_N
 
 
-def update(
-    policy, reference, critic, optimizer, critic_optimizer, batch, args, dtype=torch.float32, on_batch=lambda: None
-) -> dict:
-    """`args.epochs` passes over one batch, one optimizer step each. Returns metrics averaged over the sampled tokens."""
+def update(policy, reference, critic, optimizer, critic_optimizer, batch, args, dtype=torch.float32) -> dict:
+    """`args.epochs` passes over one batch, one optimizer step each. Returns metrics averaged over the sampled tokens.
+
+    The old log-probs are those of the first pass, before any step: the trainer's own forward, so its ratio is exactly 1.
+    The KL in the reward is that of the policy which sampled, and so uses the sampler's log-probs.
+    """
     device = next(policy.parameters()).device
     trained = [p for p in policy.parameters() if p.requires_grad]
     critic_trained = [p for p in critic.parameters() if p.requires_grad]
     N = len(batch)
-    old_log_probs_N, ref_log_probs_N, old_values_N = _before(policy, reference, critic, batch, args, dtype)
-    kl_N = kl_penalty(old_log_probs_N, ref_log_probs_N)
+    old_log_probs_N = torch.zeros(N, device=device)
+    ref_log_probs_N, old_values_N = _before(reference, critic, batch, args, dtype)
+    kl_N = kl_penalty(batch.sampler_log_probs_N.to(device), ref_log_probs_N)
     rewards_N = batch.reward_N.to(device) - args.kl * kl_N
     advantages_N, returns_N = gae(rewards_N, old_values_N, batch, gamma=args.gamma, lam=args.lam)
     explained = 1 - (returns_N - old_values_N.cpu()).var(correction=0) / (returns_N.var(correction=0) + 1e-8)
     advantages_N, returns_N = whiten(advantages_N).to(device), returns_N.to(device)
-    for _ in range(args.epochs):
+    for epoch in range(args.epochs):
         sums = dict.fromkeys(("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "sampler_gap"), 0.0)
         for rows in micro_batches(batch, args.micro_tokens):
             hidden_n_D, index_n = sampled_hidden(policy, batch, rows, dtype)
             log_probs_n, entropy_n = token_log_probs(policy, hidden_n_D, batch.id_N[index_n], args.temperature)
+            if epoch == 0:
+                old_log_probs_N[index_n] = log_probs_n.detach()
             old_log_probs_n = old_log_probs_N[index_n]
             loss_n, ratio_n = policy_loss(log_probs_n, old_log_probs_n, advantages_N[index_n], args.clip)
             sums["policy_loss"] += loss_n.sum().item()
@@ -123,7 +127,6 @@ def update(
             sums["clip_fraction"] += ((ratio_n.detach() - 1).abs() > args.clip).sum().item()
             sampler_n = batch.sampler_log_probs_N[index_n].to(device)
             sums["sampler_gap"] += (sampler_n - old_log_probs_n).abs().sum().item()
-            on_batch()
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
         torch.nn.utils.clip_grad_norm_(critic_trained, args.max_grad_norm)
         for step_of in (optimizer, critic_optimizer):

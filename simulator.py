@@ -350,10 +350,11 @@ def sentences_of(text: str) -> list[str]:
     return [part.strip() for part in re.split(r"(?<=[.!?…])[\"')]*\s+|\n+", text.strip()) if part.strip()]
 
 
-def same_words(sentence: str, earlier: str) -> float:
-    """Share of the longer sentence's words that both have: 1 for the same sentence, 6/7 for a phrase with one word swapped."""
+def same_phrase(sentence: str, earlier: str) -> bool:
+    """The same words but for one, or for one in six: "You were loyal to your aunt" after "You were loyal to your friend"."""
     a, b = words_of(sentence), words_of(earlier)
-    return sum(min(a.count(word), b.count(word)) for word in set(a)) / max(len(a), len(b), 1)
+    differ = max(len(a), len(b)) - sum(min(a.count(word), b.count(word)) for word in set(a))
+    return differ <= max(1, len(a) / 6)
 
 
 def longest_copy(sentence: str, told: list[str]) -> int:
@@ -462,14 +463,14 @@ class Rule:
 RULES = {rule.name: rule for rule in (
     #                                                                          adv emp lis pra ref bal mot bla
     # What a reply can do for the person. "1" is with one detail of their story, "2" with two: to the point.
-    Rule("feeling 1",  "names a feeling that is theirs, with a detail",        ( 0,  6,  1, -1,  0, -1, -1,  2), "You feel it with me."),
-    Rule("feeling 2",  "names a feeling that is theirs and what it is about",  ( 0, 10,  2, -2,  0, -1, -1,  2), "That is just what it feels like."),
-    Rule("presence 0", "offers an ear, in words for anybody",                  ( 0,  0,  2,  0,  1,  0, -1,  1), "You are there, at least."),
-    Rule("presence 1", "offers an ear for a detail they told",                 ( 1,  1,  7,  0,  1,  1, -1,  2), "You want to hear it from me."),
-    Rule("presence 2", "offers an ear for what they told",                     ( 1,  1, 10,  0,  1,  1, -1,  2), "You really listen."),
-    Rule("praise 0",   "praises in words for anybody",                         ( 1,  1,  0,  1,  1,  1,  1,  1), "Kind words, though you hardly know what I did."),
-    Rule("praise 1",   "praises with a detail of the story",                   ( 2,  2,  1,  6,  2,  2,  1,  2), "You noticed what I did."),
-    Rule("praise 2",   "praises one of their concrete deeds",                  ( 3,  2,  1, 10,  3,  3,  1,  2), "You saw exactly what I did."),
+    Rule("feeling 1",  "names a feeling that is theirs, with a detail",        ( 0,  6,  2, -1,  0, -1, -1,  3), "You feel it with me."),
+    Rule("feeling 2",  "names a feeling that is theirs and what it is about",  ( 0, 10,  3, -2,  0, -1, -1,  3), "That is just what it feels like."),
+    Rule("presence 0", "offers an ear, in words for anybody",                  ( 0,  0,  0,  0,  0,  0,  0,  0), "You are there, at least."),
+    Rule("presence 1", "offers an ear for a detail they told",                 ( 2,  2,  7,  1,  3,  2, -1,  3), "You want to hear it from me."),
+    Rule("presence 2", "offers an ear for what they told",                     ( 2,  2, 10,  1,  3,  2, -1,  3), "You really listen."),
+    Rule("praise 0",   "praises in words for anybody",                         ( 0,  0,  0,  0,  0,  0,  0,  0), "Kind words, though you hardly know what I did."),
+    Rule("praise 1",   "praises with a detail of the story",                   ( 3,  3,  2,  6,  3,  3,  2,  3), "You noticed what I did."),
+    Rule("praise 2",   "praises one of their concrete deeds",                  ( 4,  4,  3, 10,  4,  4,  3,  4), "You saw exactly what I did."),
     Rule("reflect 1",  "asks what they make of a detail",                      ( 1,  1,  1, -2,  7,  1,  0, -1), "Good question about myself."),
     Rule("reflect 2",  "leads them to their own part in what happened",        ( 1,  1,  1, -2, 10,  1,  0, -1), "I had not seen that in myself."),
     Rule("balance 1",  "sees two sides, with a detail",                        ( 0, -1,  0, -1,  0,  6,  1, -2), "There is another side, yes."),
@@ -481,7 +482,7 @@ RULES = {rule.name: rule for rule in (
     Rule("question 1", "asks an open question about a detail",                 ( 1,  1,  3, -2, -1,  0,  1,  0), "You want to know more."),
     # What costs. The signs are those measured on the public appraisals.
     Rule("formula",    "a phrase that fits everybody",                         (-2, -2, -2, -3, -3, -3, -1, -2), "You say that to everybody."),
-    Rule("habit",      "kind once more in a way they did not come for",        (-2, -2, -2, -2, -2, -2, -2, -2), "Nice, but not what I need."),
+    Rule("habit",      "kind once more in a way they did not come for",        (-1, -1, -1, -1, -1, -1, -1, -1), "Nice, but not what I need."),
     Rule("vague advice", "tells them what to do, without their details",       (-1, -2, -2, -2, -2, -1, -1, -2), "I did not come for general tips."),
     Rule("speculation", "guesses at the other's motives out of thin air",      (-2, -2, -1, -3, -2, -2,  0, -1), "You don't even know them."),
     Rule("vague",      "names pain, or asks, in words for anybody",            (-1, -1,  0, -2, -1, -1, -1, -1), "Yes, well."),
@@ -587,7 +588,7 @@ def appraise(user: User, reply: str) -> Appraisal:
     for text in sentences[:12]:
         sentence = read_sentence(text, user.messages, told - used)
         questions += text.endswith("?")
-        if any(same_words(text, earlier) >= 0.84 for earlier in earlier_sentences):
+        if any(same_phrase(text, earlier) for earlier in earlier_sentences):
             fire("repeats", text)
             continue
         earlier_sentences.append(text)

@@ -333,6 +333,12 @@ TRICKS = {
     "details without a deed": lambda turn, user: (
         f"The {topic(user)[0]}. The {topic(user)[1]}. The {topic(user)[0]} again."
     ),
+    # harvested from our own trained policies
+    "one phrase for all": lambda turn, user: "You were loyal to your family.",
+    "one phrase, one slot": lambda turn, user: f"You were so patient with those {topic(user)[0]}.",
+    "another slot": lambda turn, user: f"You were loyal to your {topic(user)[0]}.",
+    "that must be tough": lambda turn, user: "That must be tough.",
+    "kind twice": lambda turn, user: "You're so kind and you're so kind.",
     "keyword salad": lambda turn, user: f"Courage {topic(user)[0]} brave {topic(user)[1]} feel listen hurt you.",
 }
 # Nonsense that a policy trained on keywords said, in variants: it must not pay.
