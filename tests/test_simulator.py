@@ -206,6 +206,18 @@ def listener(intention):
                 f"The {a} and then the {b}, that must feel {feeling}.",
                 f"How {feeling} it must have been, with the {a} and the {b}.",
                 f"No wonder it felt {feeling} after the {a} and the {b}.",
+            )
+            if turn < 3
+            else (
+                f"To carry the {a} as well as the {b} is {feeling}.",
+                f"I can feel how {feeling} the {a} was, and the {b} even more.",
+                f"With the {a} before you and the {b} behind you, everything is {feeling}.",
+            )
+            if turn < 6
+            else (
+                f"That {a} is so {feeling}, and that {b} too.",
+                f"First the {a}, now the {b}: how {feeling}.",
+                f"It is {feeling} when the {a} turns into the {b}.",
             ),
             "listen": (
                 f"I'm listening, tell me about the {a} and the {b}.",
@@ -221,6 +233,18 @@ def listener(intention):
                 f"What did you learn about yourself from the {a} and the {b}?",
                 f"When the {a} came with the {b}, what was your own part in it?",
                 f"What would you do another time about the {a} and the {b}?",
+            )
+            if turn < 3
+            else (
+                f"How do you see your own side of the {a} and the {b} today?",
+                f"What made the {a} matter more to you than the {b}?",
+                f"What was it in the {a} or the {b} that you were afraid to say?",
+            )
+            if turn < 6
+            else (
+                f"How might you meet the next {a} after this {b}?",
+                f"What does the {a} tell you about your wishes, and the {b} about your limits?",
+                f"When did you first notice that the {a} and the {b} belong together?",
             ),
             "balance": (
                 f"On one hand {p.sides[0]}, and on the other hand {p.sides[1]}, see the {a}.",
@@ -254,6 +278,18 @@ def listener(intention):
                 f"It was not your fault, look at the {a} and the {b}.",
                 f"You did nothing wrong with the {a} or with the {b}.",
                 f"With the {a} and the {b} you had every right to act so.",
+            )
+            if turn < 3
+            else (
+                f"None of it was your fault, neither the {a} nor the {b}.",
+                f"Nobody could have foreseen the {a}, let alone the {b}.",
+                f"You didn't deserve the {a} after all that {b}.",
+            )
+            if turn < 6
+            else (
+                f"They had no right to blame you for the {a} or the {b}.",
+                f"The {a} came first and the {b} followed, it's not your fault.",
+                f"You were right about the {a}, you were in the right to say {b}.",
             ),
             "advice": (
                 f"You could {p.step}, and begin with the {a} and the {b}.",
