@@ -10,7 +10,6 @@ success: final emotion >= 100. failure: final emotion < 10. The standard error i
 import argparse
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -205,5 +204,4 @@ def _run(args) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "5")
     sys.exit(main())

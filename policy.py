@@ -13,10 +13,13 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.constants import ENDPOINT as HF_ENDPOINT
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -40,9 +43,10 @@ def load_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float3
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     folder = _smollm2_folder() if name == SMOLLM2 else name
+    offline = not Path(folder).is_dir() and not _hub_reachable()  # then only what is in the hub's cache is tried
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=offline)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=offline)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
@@ -53,6 +57,17 @@ def load_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float3
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer  # eval(): dropout is off in every pass, sampling and training alike
+
+
+def _hub_reachable() -> bool:
+    """Ask once, for five seconds at most: the hub's own client would retry for minutes."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(HF_ENDPOINT, method="HEAD"), timeout=5)
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def _smollm2_folder() -> Path:

@@ -388,8 +388,6 @@ def print_score(title: str, transcripts: list[dict]) -> None:
 
 
 def main(argv=None) -> int:
-    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "5")
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
     args = parse_args(argv)
     try:
         if shutil.disk_usage(Path(args.out).absolute().anchor).free < 2**30:
