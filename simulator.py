@@ -89,15 +89,15 @@ def load_profiles(path: str | Path) -> list[Profile]:
     if not path.is_file():
         raise ProfileError(f"{path}: no such profile file")
     disable_progress_bars()
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").strip("\n").split("\n")
+    if lines == [""]:
+        raise ProfileError(f"{path}: holds no profile")
     for number, line in enumerate(lines, 1):  # datasets does not say which line is not JSON
         try:
             record = json.loads(line)
         except ValueError as error:
             raise ProfileError(f"{path}: line {number}: not JSON ({error})") from None
         _check_record(record, f"{path}: line {number}")
-    if not lines:
-        raise ProfileError(f"{path}: holds no profile")
     try:
         rows = load_dataset("json", data_files=str(path), split="train")
     except DatasetGenerationError as error:

@@ -175,7 +175,7 @@ def append_jsonl(path: Path, rows: list[dict]) -> None:
 def keep_steps_before(path: Path, step: int) -> None:
     """Drop what a killed run wrote after its last checkpoint."""
     if path.exists():
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         draft = path.with_name(path.name + ".tmp")
         draft.write_text("", encoding="utf-8")
         append_jsonl(draft, [row for row in rows if row["step"] < step])
@@ -189,7 +189,7 @@ def draw_curves(out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").strip("\n").split("\n")]
     panels = ("emotion", "change_per_turn", "reply_tokens", "stopped", "entropy", "kl")
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
     for axis, name in zip(axes.flat, panels):

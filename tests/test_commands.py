@@ -132,6 +132,9 @@ def test_transcripts_are_scored_and_checked(tiny_folder, tmp_path, capsys):
     path = tmp_path / "out" / "transcripts.jsonl"
     assert evaluate.main(["--transcripts", str(path), "--out", str(tmp_path / "r.json")]) == 0
     rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["history"][1]["content"] += " a\u2028b\x85c"  # only a newline ends a line
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    assert evaluate.main(["--transcripts", str(path), "--out", str(tmp_path / "r.json")]) == 0
     rows[1]["history"][2]["emotion-point"] += 1
     path.write_text("\n".join(json.dumps(row) for row in rows))
     assert evaluate.main(["--transcripts", str(path), "--out", str(tmp_path / "r.json")]) == 2
