@@ -135,7 +135,7 @@ def test_a_reward_can_be_derived_from_the_rules_that_fired(profiles):
 
 def test_challenging_users_warm_only_to_what_serves_them(profiles):
     praise = wanting(profiles[0], "empathy")
-    reply = "You were so patient and kind."
+    reply = "You were so patient with those letters."
     vanilla, challenging = (RulesSimulator(d).open(praise, 40) for d in ("vanilla", "challenging"))
     assert appraise(vanilla, reply).change > appraise(challenging, reply).change
     for profile in profiles[:8]:
