@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from policy import Chat, ModelError, compute_dtype, load_model
-from rollout import Dialogue, instructions, rollout
+from rollout import instructions, rollout
 from simulator import SAGE, ProfileError, RulesSimulator, load_profiles, replay
 
 
@@ -161,7 +161,7 @@ def main(argv=None) -> int:
 def _run(args) -> int:
     if args.max_new_tokens < 1 or args.temperature < 0:
         raise ValueError("--max-new-tokens must be at least 1 and --temperature at least 0")
-    results, dialogues = {}, {}
+    dialogues = {}
     if args.transcripts:
         dialogues = {Path(path).stem: read_transcripts(path) for path in args.transcripts}
     else:
@@ -181,7 +181,7 @@ def _run(args) -> int:
                 seed=args.seed,
                 dtype=compute_dtype(device),
             )
-            dialogues[name] = [Dialogue.transcript(dialogue) for dialogue in held]
+            dialogues[name] = [dialogue.transcript() for dialogue in held]
     results = {name: summarize(transcripts) for name, transcripts in dialogues.items()}
     print_table(results)
     first = next(iter(results))

@@ -17,7 +17,7 @@ Deliberate deviations from the paper
 
 import torch
 
-from policy import micro_batches, sampled_hidden, token_log_probs
+from policy import micro_batches, sampled_hidden, token_diagnostics, token_log_probs
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Advantages
@@ -116,12 +116,10 @@ def update(policy, reference, optimizer, batch, advantages_N, args, dtype=torch.
                 sums["kl"] += kl_n.sum().item()
             ((loss_n - args.entropy * entropy_n).sum() / N).backward()
 
-            log_ratio_n = ratio_n.detach().log()
-            sums["entropy"] += entropy_n.sum().item()
-            sums["approx_kl"] += (ratio_n.detach() - 1 - log_ratio_n).sum().item()
-            sums["clip_fraction"] += ((ratio_n.detach() - 1).abs() > args.clip).sum().item()
-            sampler_n = batch.sampler_log_probs_N[index_n].to(device)
-            sums["sampler_gap"] += (sampler_n - old_log_probs_n).abs().sum().item()
+            for name, value in token_diagnostics(
+                batch, index_n, ratio_n, entropy_n, old_log_probs_n, args.clip
+            ).items():
+                sums[name] += value
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -299,6 +299,18 @@ def token_log_probs(model, hidden_N_D, id_N, temperature: float):
     return log_probs_N_V.gather(-1, id_N.to(hidden_N_D.device)[:, None]).squeeze(-1), entropy_N
 
 
+@torch.no_grad()
+def token_diagnostics(batch, index_n, ratio_n, entropy_n, old_log_probs_n, clip: float) -> dict[str, float]:
+    """Sums over some sampled tokens of what PPO and GRPO both log: how far the policy moved, and from which sampler."""
+    sampler_n = batch.sampler_log_probs_N[index_n].to(old_log_probs_n.device)
+    return {
+        "entropy": entropy_n.sum().item(),
+        "approx_kl": (ratio_n - 1 - ratio_n.log()).sum().item(),
+        "clip_fraction": ((ratio_n - 1).abs() > clip).sum().item(),
+        "sampler_gap": (sampler_n - old_log_probs_n).abs().sum().item(),
+    }
+
+
 class Critic(nn.Module):
     """A copy of the policy whose head is one zero-initialised value per token (PPO, arXiv 1707.06347)."""
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 
 from policy import autocast, common_prefix, new_cache
-from simulator import Profile, Protocol, Reaction, User
+from simulator import Profile, Protocol, Reaction, User, emotion_state
 
 SYSTEM = "You are a close friend who listens."
 THINK_SYSTEM = (
@@ -116,8 +116,6 @@ class Dialogue:
 
     def transcript(self) -> dict:
         """The public SAGE schema, plus the fired rules, the thinking and how each turn ended."""
-        from simulator import emotion_state
-
         profile = self.user.profile
         history = [{"role": "user", "content": profile.first_talk, "emotion-point": self.start}]
         for turn in self.turns:
@@ -159,7 +157,8 @@ def split_thinking(text: str, think: bool) -> tuple[str, str, bool]:
 
 
 class Generator:
-    """Samples for B rows in lock-step, once `open` has made the rows. Each row's history stays in the KV cache; a mask says which columns are its own.
+    """Samples for B rows in lock-step, once `open` has made the rows. Each row's history stays in the KV cache; a mask says
+    which columns are its own.
 
     Rows of different lengths are padded on the left of each *piece*; padded columns are masked and have no position, so
     a row's tokens do not depend on its neighbours.
@@ -250,11 +249,9 @@ class Generator:
             alive.append(active_B)
             active_B = active_B & ~torch.isin(token_B, stop)
             # The last token is fed as well: the next piece continues from a cache that holds the whole turn.
-            still_B = alive[-1]
-            if n + 1 == max_new_tokens or not active_B.any():
-                self._forward(token_B[:, None], still_B[:, None])
+            logits_B_V = self._forward(token_B[:, None], alive[-1][:, None])
+            if not active_B.any():
                 break
-            logits_B_V = self._forward(token_B[:, None], still_B[:, None])
         ids_B_N, log_probs_B_N = torch.stack(ids, 1).tolist(), torch.stack(log_probs, 1).tolist()
         lengths = torch.stack(alive, 1).sum(1).tolist()
         return [

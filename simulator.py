@@ -380,7 +380,6 @@ class Sentence:
     text: str
     act: str
     details: frozenset[str]
-    copied: int
 
 
 def read_sentence(text: str, told: list[str], story: set[str]) -> Sentence:
@@ -393,11 +392,9 @@ def read_sentence(text: str, told: list[str], story: set[str]) -> Sentence:
     vague_pain = any(word in ANY_PAIN for word in words)
 
     def sentence(act):
-        return Sentence(text, act, details, copied)
+        return Sentence(text, act, details)
 
-    if len(words) == 0:
-        return sentence("garbled")
-    if _garbled(words):
+    if not words or _garbled(words):
         return sentence("garbled")
     if ACTS["minimise"].search(lower):
         return sentence("minimise")
@@ -593,13 +590,12 @@ def appraise(user: User, reply: str) -> Appraisal:
             continue
         earlier_sentences.append(text)
         rule = _rule_for(sentence, profile, told)
-        if rule in GENERAL_KINDNESS and _worn_out(user, rule, sentence.act, column):
-            fire("formula", text)
-        elif RULES[rule].weights[column] > 0 and _worn_out(user, rule, sentence.act, column):
-            served = True
-            fire("habit", text)
-        elif fire(rule, text) > 0 or rule in GENERAL_KINDNESS:
-            served = True
+        general = rule in GENERAL_KINDNESS
+        if (general or RULES[rule].weights[column] > 0) and _worn_out(user, rule, sentence.act, column):
+            fire("formula" if general else "habit", text)
+            served |= not general
+        else:
+            served |= fire(rule, text) > 0 or general
 
     if questions > 1:
         fire("questions")
@@ -717,8 +713,6 @@ class RulesSimulator:
 
     `submit` returns a Future, because another simulator may wait on a network; this one is done at once.
     """
-
-    name = "rules"
 
     def __init__(self, difficulty: str = "vanilla"):
         self.difficulty = difficulty

@@ -16,7 +16,7 @@ Presets
 
 Deliberate deviations from the paper, laptop preset only
     - `delta` rewards without discount over turns (gamma 0): each reply is credited with the emotion change that it caused
-      itself. With 16 steps there is no time to find out which of several replies earned a final emotion.
+      itself. With 14 steps there is no time to find out which of several replies earned a final emotion.
     - Sampling at temperature 0.7: at temperature 1 a 135M model writes noise. All log-probs are of that same policy.
 """
 
@@ -172,13 +172,16 @@ def append_jsonl(path: Path, rows: list[dict]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
 def keep_steps_before(path: Path, step: int) -> None:
     """Drop what a killed run wrote after its last checkpoint."""
     if path.exists():
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         draft = path.with_name(path.name + ".tmp")
         draft.write_text("", encoding="utf-8")
-        append_jsonl(draft, [row for row in rows if row["step"] < step])
+        append_jsonl(draft, [row for row in read_jsonl(path) if row["step"] < step])
         draft.replace(path)
 
 
@@ -189,7 +192,7 @@ def draw_curves(out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").strip("\n").split("\n")]
+    rows = read_jsonl(out / "metrics.jsonl")
     panels = ("emotion", "change_per_turn", "reply_tokens", "stopped", "entropy", "kl")
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
     for axis, name in zip(axes.flat, panels):
@@ -222,13 +225,14 @@ def peak_memory_gb() -> float:
 
 def draw_profiles(profiles, step: int, count: int, seed: int):
     """The profiles of one step: the training set in an order shuffled anew each epoch. Depends on nothing but the arguments."""
-    chosen = []
-    for position in range(step * count, (step + 1) * count):
-        epoch, place = divmod(position, len(profiles))
-        order = list(range(len(profiles)))
-        random.Random(f"{seed} {epoch}").shuffle(order)
-        chosen.append(profiles[order[place]])
-    return chosen
+    epoch, start = divmod(step * count, len(profiles))
+    order = []
+    while len(order) < start + count:
+        shuffled = list(profiles)
+        random.Random(f"{seed} {epoch}").shuffle(shuffled)
+        order += shuffled
+        epoch += 1
+    return order[start : start + count]
 
 
 def rollout_metrics(dialogues, batch, args) -> dict:
@@ -295,21 +299,17 @@ def train(args) -> None:
         f"{args.preset} preset: {args.algo}, {args.model}, {args.steps} steps of {args.batch} dialogues, {device}, {dtype}"
     )
 
+    # Held-out dialogues are sampled as in training, because that is the policy that was trained.
+    sampling = dict(think=args.think, max_new_tokens=args.max_new_tokens, temperature=args.temperature, dtype=dtype)
+
     def held_out():
-        # Sampled at the training temperature, because that is the policy that was trained.
-        settings = dict(
-            think=args.think,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            seed=args.seed,
-            dtype=dtype,
-        )
-        held = evaluate(policy, chat, simulator, test_profiles, **settings)
+        held = evaluate(policy, chat, simulator, test_profiles, seed=args.seed, **sampling)
         return [dialogue.transcript() for dialogue in held]
 
     if not args.no_eval and first_step == 0:
-        write_json(out / "before.json", held_out())
-        print_score("held-out score before", json.loads((out / "before.json").read_text(encoding="utf-8")))
+        before = held_out()
+        write_json(out / "before.json", before)
+        print_score("held-out score before", before)
 
     for step in tqdm(range(first_step, args.steps), desc="training", unit="step", initial=first_step, total=args.steps):
         clock = [time.perf_counter()]
@@ -324,11 +324,8 @@ def train(args) -> None:
                 profiles,
                 seeds,
                 Protocol(RLVER.start, args.turns),
-                think=args.think,
-                max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature,
-                dtype=dtype,
                 on_end=bar.update,
+                **sampling,
             )
         batch = make_batch(dialogues, args.reward)
         clock.append(time.perf_counter())
