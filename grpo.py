@@ -26,6 +26,7 @@ from policy import micro_batches, sampled_hidden, token_diagnostics, token_log_p
 
 def group_advantages(batch, group_size: int, *, per_turn: bool, gamma: float = 1.0, std: bool = True):
     """(advantages (N,), number of groups without variance). Dialogues [k * group_size, (k + 1) * group_size) are group k.
+    A dialogue without tokens was dropped, and counts nowhere.
 
     per_turn False: one return per dialogue, its sum of rewards; every token of the dialogue has the same advantage.
     per_turn True: one return per turn, sum_k gamma^k r_(t+k); the baseline is over the group's dialogues that reached turn t.
@@ -33,9 +34,9 @@ def group_advantages(batch, group_size: int, *, per_turn: bool, gamma: float = 1
     returns = turn_returns(batch, gamma if per_turn else 1.0)  # {(dialogue, turn): return}
     advantages, flat_groups = {}, 0
     for first in range(0, int(batch.dialogue_N.max()) + 1, group_size):
-        members = range(first, first + group_size)
+        members = [d for d in range(first, first + group_size) if (d, 0) in returns]
         variance = False
-        last_turn = max(turn for dialogue, turn in returns if dialogue in members)
+        last_turn = max((turn for dialogue, turn in returns if dialogue in members), default=-1)
         for turn in range(last_turn + 1):
             at = turn if per_turn else 0  # the return from the first turn on is the dialogue's
             reached = [d for d in members if (d, turn) in returns]

