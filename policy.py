@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -237,17 +238,38 @@ def new_cache(model) -> Cache:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def micro_batches(batch, max_tokens: int) -> list[list[int]]:
-    """Sequence indices in groups of at most `max_tokens` padded tokens; the longest first, so that memory runs out at once
-    or never."""
-    order = sorted(range(len(batch.sequences)), key=lambda row: -len(batch.sequences[row]))
-    groups, width = [], 0
-    for row in order:
-        if not groups or (len(groups[-1]) + 1) * width > max_tokens:
-            groups.append([])
-            width = len(batch.sequences[row])
-        groups[-1].append(row)
-    return groups
+@dataclass
+class Tree:
+    """The sequences of one dialogue merged where they begin alike, as one list of tokens in pre-order.
+
+    Without --think there is one sequence, and the tree is a chain. With --think every turn is a sequence: the history that
+    all later turns share is a trunk, each turn's thinking and reply a branch. Token k is seen by token q exactly where it
+    lies on q's path: k <= q < ends[k]. So a row of a forward pass computes every prefix once, with gradients as if not.
+    """
+
+    ids: list[int]
+    positions: list[int]  # depth in the tree: the place in the original sequence
+    ends: list[int]  # one past the last token below this one
+
+    def __len__(self):
+        return len(self.ids)
+
+
+def prefix_tree(sequences: list[list[int]]) -> tuple[Tree, list[list[int]]]:
+    """(tree, paths): paths[s][c] is the place in the tree of token c of sequence s."""
+    tree, paths = Tree([], [], []), [[] for _ in sequences]
+    previous, path = [], []
+    for s in sorted(range(len(sequences)), key=sequences.__getitem__):
+        sequence = sequences[s]
+        shared = common_prefix([previous, sequence])
+        path = path[:shared] + list(range(len(tree), len(tree) + len(sequence) - shared))
+        tree.ids += sequence[shared:]
+        tree.positions += range(shared, len(sequence))
+        tree.ends += [0] * (len(sequence) - shared)
+        for place in path:
+            tree.ends[place] = len(tree)
+        paths[s], previous = path, sequence
+    return tree, paths
 
 
 def common_prefix(sequences: list[list[int]]) -> int:
@@ -256,34 +278,60 @@ def common_prefix(sequences: list[list[int]]) -> int:
     return next((k for k, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
 
 
-def sampled_hidden(model, batch, rows: list[int], dtype: torch.dtype):
-    """Final hidden states that predicted the sampled tokens of these sequences: ((n, D), indices into N (n,)).
+def micro_batches(batch, max_tokens: int) -> list[list[int]]:
+    """Indices into batch.trees in groups of at most `max_tokens` padded tokens; the longest first, so that memory runs out
+    at once or never."""
+    order = sorted(range(len(batch.trees)), key=lambda row: -len(batch.trees[row]))
+    groups, width = [], 0
+    for row in order:
+        if not groups or (len(groups[-1]) + 1) * width > max_tokens:
+            groups.append([])
+            width = len(batch.trees[row])
+        groups[-1].append(row)
+    return groups
 
-    What the sequences have in common is computed once: its keys and values are expanded to all rows, and the gradient
-    flows back through them, so that the result equals the full sequences'. The rest is padded on the right; a causal
-    model's real positions never see the padding.
+
+def sampled_hidden(model, batch, rows: list[int], dtype: torch.dtype):
+    """Final hidden states that predicted the sampled tokens of these trees: ((n, D), indices into N (n,)).
+
+    What all the trees begin with is computed once: its keys and values are expanded to all rows, and the gradient flows
+    back through them, so that the result equals the full sequences'. The rest is padded on the right, where nobody sees it.
     """
     device = next(model.parameters()).device
-    sequences = [batch.sequences[row] for row in rows]
-    place = torch.full((len(batch.sequences),), -1)
+    trees = [batch.trees[row] for row in rows]
+    place = torch.full((len(batch.trees),), -1)
     place[torch.tensor(rows)] = torch.arange(len(rows))
-    index_n = (place[batch.row_N] >= 0).nonzero().squeeze(1)
-    b_n, t_n = place[batch.row_N[index_n]], batch.column_N[index_n] - 1  # token t was predicted at t - 1
-    shared = min(common_prefix(sequences), int(t_n.min()))
-    width = max(map(len, sequences)) - shared
-    ids_B_T = torch.zeros(len(rows), width, dtype=torch.long)
-    mask_B_T = torch.zeros(len(rows), shared + width, dtype=torch.long)
-    for b, sequence in enumerate(sequences):
-        ids_B_T[b, : len(sequence) - shared] = torch.tensor(sequence[shared:])
-        mask_B_T[b, : len(sequence)] = 1
-    past = DynamicCache()
+    index_n = (place[batch.tree_N] >= 0).nonzero().squeeze(1)
+    b_n, t_n = place[batch.tree_N[index_n]], batch.predictor_N[index_n]
+    trunk = min(next((k for k, end in enumerate(tree.ends) if end < len(tree)), len(tree)) for tree in trees)
+    shared = min(common_prefix([tree.ids for tree in trees]), trunk, int(t_n.min()))  # before anything branches
+    if model.training:  # activation checkpointing (the only use of training mode here) drops a cache
+        shared = 0
+    width = max(map(len, trees)) - shared
+    ids_B_T, positions_B_T = torch.zeros(2, len(rows), width, dtype=torch.long)
+    ends_B_T = torch.arange(1, width + 1).repeat(len(rows), 1)  # padding is seen by itself only
+    for b, tree in enumerate(trees):
+        ids_B_T[b, : len(tree) - shared] = torch.tensor(tree.ids[shared:])
+        positions_B_T[b, : len(tree) - shared] = torch.tensor(tree.positions[shared:])
+        ends_B_T[b, : len(tree) - shared] = torch.tensor(tree.ends[shared:]) - shared
+    ids_B_T, positions_B_T, ends_B_T = ids_B_T.to(device), positions_B_T.to(device), ends_B_T.to(device)
+    q_T = torch.arange(width, device=device)
+    visible_B_T_T = (q_T[None, None, :] <= q_T[None, :, None]) & (q_T[None, :, None] < ends_B_T[:, None, :])
+    mask = torch.cat([visible_B_T_T.new_ones(len(rows), width, shared), visible_B_T_T], dim=2)[
+        :, None
+    ]  # (B, 1, T, P + T)
+    past = DynamicCache() if shared else None
     with autocast(device.type, dtype):
         if shared:
-            prefix_1_P = torch.tensor([sequences[0][:shared]], device=device)
+            prefix_1_P = torch.tensor([trees[0].ids[:shared]], device=device)
             past = model.base_model(input_ids=prefix_1_P, past_key_values=past, use_cache=True).past_key_values
             past.batch_repeat_interleave(len(rows))
         hidden_B_T_D = model.base_model(
-            input_ids=ids_B_T.to(device), attention_mask=mask_B_T.to(device), past_key_values=past, use_cache=True
+            input_ids=ids_B_T,
+            attention_mask=mask,
+            position_ids=positions_B_T,
+            past_key_values=past,
+            use_cache=shared > 0,
         ).last_hidden_state
     return hidden_B_T_D[b_n.to(device), (t_n - shared).to(device)], index_n
 

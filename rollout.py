@@ -19,10 +19,11 @@ Deliberate deviations from the paper
 import re
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
-from policy import Chat, autocast, common_prefix, new_cache
+from policy import Chat, Tree, autocast, common_prefix, new_cache, prefix_tree
 from simulator import Profile, Protocol, Reaction, User, UserBroken, emotion_state
 
 SYSTEM = "You are a close friend who listens."
@@ -458,7 +459,7 @@ class Batch:
     """Token sequences, and the N sampled tokens as flat vectors in dialogue order, then turn order.
 
     A dialogue whose turns each extend the one before is one sequence; with --think every turn is a sequence of its own,
-    built from the history that the policy really saw.
+    built from the history that the policy really saw. `trees` has them merged, one tree per dialogue.
     """
 
     sequences: list[list[int]]
@@ -472,6 +473,36 @@ class Batch:
 
     def __len__(self):
         return len(self.id_N)
+
+    @cached_property
+    def _merged(self):
+        of_dialogue = {}  # dialogue -> its sequences
+        for dialogue, row in sorted(set(zip(self.dialogue_N.tolist(), self.row_N.tolist()))):
+            of_dialogue.setdefault(dialogue, []).append(row)
+        trees, place = [], {}
+        for rows in of_dialogue.values():
+            tree, paths = prefix_tree([self.sequences[row] for row in rows])
+            place |= {row: (len(trees), path) for row, path in zip(rows, paths)}
+            trees.append(tree)
+        predictors = [
+            (place[row][0], place[row][1][column - 1])
+            for row, column in zip(self.row_N.tolist(), self.column_N.tolist())
+        ]
+        return trees, *torch.tensor(predictors).T
+
+    @property
+    def trees(self) -> list[Tree]:
+        return self._merged[0]
+
+    @property
+    def tree_N(self) -> torch.Tensor:
+        """Tree of each sampled token."""
+        return self._merged[1]
+
+    @property
+    def predictor_N(self) -> torch.Tensor:
+        """Place there of the token that predicted it."""
+        return self._merged[2]
 
 
 def make_batch(dialogues: list[Dialogue], reward: str) -> Batch:

@@ -78,11 +78,56 @@ def test_padded_and_shared_prefix_log_probs_equal_single_sequences(kind, micro_t
         assert torch.allclose(a, b, atol=1e-4), "the gradient flows through the shared prefix too"
 
 
+def thinking(turns=4, dialogues=3):
+    """Turns that share a history and leave it again, as with --think: trunk, branch, trunk, branch, ..."""
+    rng = torch.Generator().manual_seed(3)
+    ids = lambda n: torch.randint(3, 250, (n,), generator=rng).tolist()  # noqa: E731
+    sequences, rows, opening = [], [], ids(5)
+    for d in range(dialogues):
+        history = opening + ids(2 + d)
+        for t in range(turns):
+            sequence = history + ids(1)
+            for k in range(2 + (d + t) % 3):
+                sequence = sequence + ids(1)
+                rows.append((len(sequences), len(sequence) - 1, sequence[-1], d, t, 0.0, 0.1 * k))
+            sequences.append(sequence)
+            history = history + ids(4)
+    return Batch(sequences, *(torch.tensor(column) for column in zip(*rows)))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("micro_tokens", [1, 90, 1000])
+def test_merged_think_turns_have_the_log_probs_and_gradients_of_single_sequences(kind, micro_tokens):
+    model, batch = tiny_model(kind), thinking()
+    weights = torch.randn(len(batch), generator=torch.Generator().manual_seed(1))
+    slow, fast = slow_log_probs(model, batch, 0.8), fast_log_probs(model, batch, micro_tokens)
+    assert torch.allclose(fast, slow, atol=1e-5)
+    parameters = list(model.parameters())
+    for a, b in zip(
+        torch.autograd.grad((slow * weights).sum(), parameters), torch.autograd.grad((fast * weights).sum(), parameters)
+    ):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert len(batch.trees) == 3 and sum(map(len, batch.trees)) < 0.6 * sum(map(len, batch.sequences))
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    batch, gradients = thinking(), []
+    for checkpointing in (False, True):
+        model = tiny_model()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+        fast_log_probs(model, batch, 90).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
 def test_micro_batches_cover_everything_and_start_with_the_longest():
     batch = ragged()
     groups = micro_batches(batch, 40)
     assert sorted(row for group in groups for row in group) == [0, 1, 2, 3]
-    longest = max(range(4), key=lambda row: len(batch.sequences[row]))
+    longest = max(range(4), key=lambda row: len(batch.trees[row]))
     assert longest in groups[0]
     assert common_prefix([[1, 2, 3], [1, 2], [1, 2, 4]]) == 2
 
