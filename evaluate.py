@@ -74,7 +74,7 @@ def compare(transcripts: list[dict], others: list[dict]) -> dict:
     return {"pairs": len(pairs), "difference": round(difference, 2), "standard_error": round(error, 2)}
 
 
-def evaluate(model, chat, simulator, profiles, *, think, max_new_tokens, temperature=0.0, seed=0, dtype=torch.float32):
+def evaluate(model, chat, simulator, profiles, seeds, *, think, max_new_tokens, temperature=0.0, dtype=torch.float32):
     """Hold one SAGE dialogue per profile (temperature 0: greedy); return the dialogues."""
     with tqdm(total=len(profiles), desc="evaluating", unit="dialogue", leave=False) as bar:
         return rollout(
@@ -82,7 +82,7 @@ def evaluate(model, chat, simulator, profiles, *, think, max_new_tokens, tempera
             chat,
             simulator,
             profiles,
-            [seed * 1_000_003 + i for i in range(len(profiles))],
+            seeds,
             SAGE,
             think=think,
             max_new_tokens=max_new_tokens,
@@ -222,10 +222,10 @@ def _run(args) -> int:
                 chat,
                 make_simulator(args, local_llm, args.user == "adversarial"),
                 profiles,
+                [args.seed * 1_000_003 + i for i in range(len(profiles))],
                 think=args.think,
                 max_new_tokens=args.max_new_tokens,
                 temperature=args.temperature,
-                seed=args.seed,
                 dtype=compute_dtype(device),
             )
             dialogues[name] = [dialogue.transcript() for dialogue in held]

@@ -17,7 +17,7 @@ Deliberate deviations from the paper
 
 import torch
 
-from policy import micro_batches, sampled_hidden, token_diagnostics, token_log_probs
+from policy import clip_gradients, global_sum, micro_batches, token_diagnostics, world_size
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Advantages
@@ -86,42 +86,42 @@ def kl_loss(log_probs_n, ref_log_probs_n, ratio_n):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def update(policy, reference, optimizer, batch, advantages_N, args, dtype=torch.float32) -> dict:
+def update(policy, reference, optimizer, batch, advantages_N, args) -> dict:
     """`args.epochs` passes over one batch, one optimizer step each. Returns metrics averaged over the sampled tokens.
+
+    The loss is a mean over the sampled tokens of all ranks: each rank divides its own sum by their number, and since
+    sharding averages gradients over ranks, multiplies by the number of ranks.
 
     The old log-probs are those of the first pass, before any step: the trainer's own forward, so its ratio is exactly 1.
     """
     device = next(policy.parameters()).device
-    trained = [p for p in policy.parameters() if p.requires_grad]
     old_log_probs_N = torch.zeros(len(batch), device=device)
     advantages_N = advantages_N.to(device)
-    N = len(batch)
+    (N,) = global_sum([len(batch)], device)
+    scale = world_size() / N
     for epoch in range(args.epochs):
         sums = dict.fromkeys(("policy_loss", "kl", "entropy", "approx_kl", "clip_fraction", "sampler_gap"), 0.0)
-        for rows in micro_batches(batch, args.micro_tokens):
-            hidden_n_D, index_n = sampled_hidden(policy, batch, rows, dtype)
-            log_probs_n, entropy_n = token_log_probs(policy, hidden_n_D, batch.id_N[index_n], args.temperature)
+        for rows, weight in micro_batches(batch, args.micro_tokens):
+            log_probs_n, entropy_n, index_n = policy(batch, rows)
             if epoch == 0:
                 old_log_probs_N[index_n] = log_probs_n.detach()
             old_log_probs_n = old_log_probs_N[index_n]
             loss_n, ratio_n = policy_loss(log_probs_n, old_log_probs_n, advantages_N[index_n], args.clip)
-            sums["policy_loss"] += loss_n.sum().item()
+            sums["policy_loss"] += weight * loss_n.sum().item()
             if reference is not None:
                 with torch.no_grad():
-                    ref_hidden_n_D, _ = sampled_hidden(reference, batch, rows, dtype)
-                    ref_log_probs_n, _ = token_log_probs(
-                        reference, ref_hidden_n_D, batch.id_N[index_n], args.temperature
-                    )
+                    ref_log_probs_n, _, _ = reference(batch, rows)
                 kl_n = kl_loss(log_probs_n, ref_log_probs_n, ratio_n)
                 loss_n = loss_n + args.kl * kl_n
-                sums["kl"] += kl_n.sum().item()
-            ((loss_n - args.entropy * entropy_n).sum() / N).backward()
+                sums["kl"] += weight * kl_n.sum().item()
+            (weight * scale * (loss_n - args.entropy * entropy_n).sum()).backward()
 
             for name, value in token_diagnostics(
                 batch, index_n, ratio_n, entropy_n, old_log_probs_n, args.clip
             ).items():
-                sums[name] += value
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+                sums[name] += weight * value
+        grad_norm = clip_gradients(policy, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return {name: value / N for name, value in sums.items()} | {"grad_norm": grad_norm.item()}
+    totals = global_sum(list(sums.values()), device)
+    return {name: total / N for name, total in zip(sums, totals)} | {"grad_norm": grad_norm}

@@ -19,9 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub.constants import ENDPOINT as HF_ENDPOINT
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.utils import logging as hf_logging
@@ -87,8 +90,9 @@ def _smollm2_folder() -> Path:
     return folder
 
 
-def save_model(model, tokenizer, folder: str | Path) -> None:
-    """Write a checkpoint that `AutoModelForCausalLM.from_pretrained` loads; it appears whole or not at all."""
+def save_model(model, tokenizer, folder: str | Path, state: dict | None = None) -> None:
+    """Write a checkpoint that `AutoModelForCausalLM.from_pretrained` loads; it appears whole or not at all. `state` holds
+    the whole weights where the model's own are sharded."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # A model read from GGUF refuses save_pretrained until it forgets that it was quantized.
@@ -97,7 +101,7 @@ def save_model(model, tokenizer, folder: str | Path) -> None:
     model.hf_quantizer = None
     draft = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
     try:
-        model.save_pretrained(draft)
+        model.save_pretrained(draft, state_dict=state)
         tokenizer.save_pretrained(draft)
         draft.chmod(0o755)
         if folder.exists():
@@ -278,9 +282,9 @@ def common_prefix(sequences: list[list[int]]) -> int:
     return next((k for k, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
 
 
-def micro_batches(batch, max_tokens: int) -> list[list[int]]:
-    """Indices into batch.trees in groups of at most `max_tokens` padded tokens; the longest first, so that memory runs out
-    at once or never."""
+def micro_batches(batch, max_tokens: int) -> list[tuple[list[int], float]]:
+    """(indices into batch.trees, weight) in groups of at most `max_tokens` padded tokens; the longest first, so that memory
+    runs out at once or never. Sharded ranks must make the same number of passes: one that has fewer adds some of weight 0."""
     order = sorted(range(len(batch.trees)), key=lambda row: -len(batch.trees[row]))
     groups, width = [], 0
     for row in order:
@@ -288,7 +292,12 @@ def micro_batches(batch, max_tokens: int) -> list[list[int]]:
             groups.append([])
             width = len(batch.trees[row])
         groups[-1].append(row)
-    return groups
+    weighted = [(rows, 1.0) for rows in groups]
+    if world_size() > 1:
+        count = torch.tensor(len(groups), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(count, dist.ReduceOp.MAX)
+        weighted += [(groups[-1][-1:], 0.0)] * (int(count) - len(groups))
+    return weighted
 
 
 def sampled_hidden(model, batch, rows: list[int], dtype: torch.dtype):
@@ -305,8 +314,8 @@ def sampled_hidden(model, batch, rows: list[int], dtype: torch.dtype):
     b_n, t_n = place[batch.tree_N[index_n]], batch.predictor_N[index_n]
     trunk = min(next((k for k, end in enumerate(tree.ends) if end < len(tree)), len(tree)) for tree in trees)
     shared = min(common_prefix([tree.ids for tree in trees]), trunk, int(t_n.min()))  # before anything branches
-    if model.training:  # activation checkpointing (the only use of training mode here) drops a cache
-        shared = 0
+    if model.training or world_size() > 1:  # activation checkpointing (all that training mode is used for here) and
+        shared = 0  # sharding know one pass through a layer per update, not two
     width = max(map(len, trees)) - shared
     ids_B_T, positions_B_T = torch.zeros(2, len(rows), width, dtype=torch.long)
     ends_B_T = torch.arange(1, width + 1).repeat(len(rows), 1)  # padding is seen by itself only
@@ -344,7 +353,7 @@ def token_log_probs(model, hidden_N_D, id_N, temperature: float):
     logits_N_V = model.get_output_embeddings()(hidden_N_D).float() / temperature
     log_probs_N_V = F.log_softmax(logits_N_V, dim=-1)
     entropy_N = -(log_probs_N_V.exp() * log_probs_N_V).sum(-1)
-    return log_probs_N_V.gather(-1, id_N.to(hidden_N_D.device)[:, None]).squeeze(-1), entropy_N
+    return log_probs_N_V.gather(-1, id_N.to(hidden_N_D.device)[:, None]).sum(-1), entropy_N
 
 
 @torch.no_grad()
@@ -359,22 +368,80 @@ def token_diagnostics(batch, index_n, ratio_n, entropy_n, old_log_probs_n, clip:
     }
 
 
-class Critic(nn.Module):
-    """A copy of the policy whose head is one zero-initialised value per token (PPO, arXiv 1707.06347)."""
+class Policy(nn.Module):
+    """A causal LM as the thing that is trained: called with sequences, it returns the log-probs of the sampled tokens."""
 
-    def __init__(self, model):
+    def __init__(self, model, temperature: float = 1.0, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.base_model = copy.deepcopy(model.base_model)
+        self.model, self.temperature, self.dtype = model, temperature, dtype
+
+    def forward(self, batch, rows: list[int]):
+        """(log-probs (n,), entropies (n,), indices into N (n,)) of the sampled tokens of these trees, float32."""
+        hidden_n_D, index_n = sampled_hidden(self.model, batch, rows, self.dtype)
+        with autocast(hidden_n_D.device.type, self.dtype):
+            log_probs_n, entropy_n = token_log_probs(self.model, hidden_n_D, batch.id_N[index_n], self.temperature)
+        return log_probs_n, entropy_n, index_n
+
+
+class Critic(nn.Module):
+    """A copy of the model whose head is one zero-initialised value per token (PPO, arXiv 1707.06347)."""
+
+    def __init__(self, model, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.base_model, self.dtype = copy.deepcopy(model.base_model), dtype
         self.value_head = nn.Linear(model.config.hidden_size, 1, bias=False)
         nn.init.zeros_(self.value_head.weight)
         self.value_head.to(next(model.parameters()).device)
 
-    def values(self, batch, rows, dtype):
+    def forward(self, batch, rows: list[int]):
         """(values (n,) float32, indices into N (n,)): what the dialogue will still bring, seen before each sampled token."""
-        hidden_n_D, index_n = sampled_hidden(self, batch, rows, dtype)
-        return self.value_head(hidden_n_D.float()).squeeze(-1), index_n
+        hidden_n_D, index_n = sampled_hidden(self, batch, rows, self.dtype)
+        return self.value_head(hidden_n_D.float()).sum(-1), index_n
 
 
 def frozen_copy(model):
     """The reference policy: a copy that no optimizer touches."""
     return copy.deepcopy(model).requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes: FSDP2 shards parameters, gradients and optimizer state; every rank trains on its own dialogues
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def global_sum(values: list[float], device="cpu") -> list[float]:
+    """Each value summed over all ranks."""
+    if world_size() == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def shard(module, dtype: torch.dtype):
+    """Shard a Policy or Critic over all ranks, layer by layer: float32 shards, gathered in `dtype` for a layer's compute."""
+    inner = module.model.base_model if isinstance(module, Policy) else module.base_model
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in inner.layers:
+        fully_shard(layer, mp_policy=precision)
+    if isinstance(module, Critic):
+        fully_shard(module.value_head)  # values in bf16 would be too coarse
+    fully_shard(module, mp_policy=precision)
+    return module.float()
+
+
+def copy_weights(policy: Policy, model) -> None:
+    """Bring a rollout copy (whole, in the compute dtype, at stable addresses) up to date with the trained weights."""
+    with torch.no_grad():
+        for source, target in zip(policy.model.parameters(), model.parameters()):
+            target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
+
+
+def clip_gradients(module, most: float) -> float:
+    """Clip the global norm of all gradients, over all ranks; return the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], most)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

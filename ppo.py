@@ -14,7 +14,7 @@ Deliberate deviations from the paper
 
 import torch
 
-from policy import micro_batches, sampled_hidden, token_diagnostics, token_log_probs
+from policy import clip_gradients, global_sum, micro_batches, token_diagnostics, world_size
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Advantages
@@ -39,10 +39,17 @@ def gae(rewards_N, values_N, batch, *, gamma: float = 1.0, lam: float = 1.0):
     return advantages_N, advantages_N + values_N.cpu()
 
 
-def whiten(values_N):
-    """Mean 0 and standard deviation 1 over all sampled tokens; a single token becomes 0."""
-    centred_N = values_N - values_N.mean()
-    return centred_N / (centred_N.square().mean().sqrt() + 1e-8)
+def whiten(values_N, device="cpu"):
+    """Mean 0 and standard deviation 1 over the sampled tokens of all ranks; equal values become 0, not magnified noise."""
+    total, count = global_sum([values_N.sum().item(), len(values_N)], device)
+    return (values_N - total / count) / (spread(values_N, device) ** 0.5 + 1e-5)
+
+
+def spread(values_N, device="cpu") -> float:
+    """Variance over the sampled tokens of all ranks."""
+    total, count = global_sum([values_N.sum().item(), len(values_N)], device)
+    (squares,) = global_sum([(values_N - total / count).square().sum().item()], device)
+    return squares / count
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -74,62 +81,63 @@ def kl_penalty(log_probs_n, ref_log_probs_n):
 
 
 @torch.no_grad()
-def _before(reference, critic, batch, args, dtype):
+def _before(reference, critic, batch, args):
     """(reference log-probs, values), each (N,), before any step. Without a reference the KL is 0."""
     device = critic.value_head.weight.device
     ref_log_probs_N, values_N = batch.sampler_log_probs_N.to(device).clone(), torch.zeros(len(batch), device=device)
-    for rows in micro_batches(batch, args.micro_tokens):
+    for rows, _ in micro_batches(batch, args.micro_tokens):
         if reference is not None:
-            hidden_n_D, index_n = sampled_hidden(reference, batch, rows, dtype)
-            ref_log_probs_N[index_n] = token_log_probs(reference, hidden_n_D, batch.id_N[index_n], args.temperature)[0]
-        values_n, index_n = critic.values(batch, rows, dtype)
+            log_probs_n, _, index_n = reference(batch, rows)
+            ref_log_probs_N[index_n] = log_probs_n
+        values_n, index_n = critic(batch, rows)
         values_N[index_n] = values_n
     return ref_log_probs_N, values_N
 
 
-def update(policy, reference, critic, optimizer, critic_optimizer, batch, args, dtype=torch.float32) -> dict:
+def update(policy, reference, critic, optimizer, critic_optimizer, batch, args) -> dict:
     """`args.epochs` passes over one batch, one optimizer step each. Returns metrics averaged over the sampled tokens.
+
+    The loss is a mean over the sampled tokens of all ranks: each rank divides its own sum by their number, and since
+    sharding averages gradients over ranks, multiplies by the number of ranks.
 
     The old log-probs are those of the first pass, before any step: the trainer's own forward, so its ratio is exactly 1.
     The KL in the reward is that of the policy which sampled, and so uses the sampler's log-probs.
     """
     device = next(policy.parameters()).device
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    critic_trained = [p for p in critic.parameters() if p.requires_grad]
-    N = len(batch)
-    old_log_probs_N = torch.zeros(N, device=device)
-    ref_log_probs_N, old_values_N = _before(reference, critic, batch, args, dtype)
+    (N,) = global_sum([len(batch)], device)
+    scale = world_size() / N
+    old_log_probs_N = torch.zeros(len(batch), device=device)
+    ref_log_probs_N, old_values_N = _before(reference, critic, batch, args)
     kl_N = kl_penalty(batch.sampler_log_probs_N.to(device), ref_log_probs_N)
     rewards_N = batch.reward_N.to(device) - args.kl * kl_N
     advantages_N, returns_N = gae(rewards_N, old_values_N, batch, gamma=args.gamma, lam=args.lam)
-    explained = 1 - (returns_N - old_values_N.cpu()).var(correction=0) / (returns_N.var(correction=0) + 1e-8)
-    advantages_N, returns_N = whiten(advantages_N).to(device), returns_N.to(device)
+    explained = 1 - spread(returns_N - old_values_N.cpu(), device) / (spread(returns_N, device) + 1e-8)
+    advantages_N, returns_N = whiten(advantages_N, device).to(device), returns_N.to(device)
     for epoch in range(args.epochs):
         sums = dict.fromkeys(("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "sampler_gap"), 0.0)
-        for rows in micro_batches(batch, args.micro_tokens):
-            hidden_n_D, index_n = sampled_hidden(policy, batch, rows, dtype)
-            log_probs_n, entropy_n = token_log_probs(policy, hidden_n_D, batch.id_N[index_n], args.temperature)
+        for rows, weight in micro_batches(batch, args.micro_tokens):
+            log_probs_n, entropy_n, index_n = policy(batch, rows)
             if epoch == 0:
                 old_log_probs_N[index_n] = log_probs_n.detach()
             old_log_probs_n = old_log_probs_N[index_n]
             loss_n, ratio_n = policy_loss(log_probs_n, old_log_probs_n, advantages_N[index_n], args.clip)
-            sums["policy_loss"] += loss_n.sum().item()
-            ((loss_n - args.entropy * entropy_n).sum() / N).backward()
+            sums["policy_loss"] += weight * loss_n.sum().item()
+            (weight * scale * (loss_n - args.entropy * entropy_n).sum()).backward()
 
-            values_n, index_n = critic.values(batch, rows, dtype)
+            values_n, index_n = critic(batch, rows)
             critic_loss_n = value_loss(values_n, old_values_N[index_n], returns_N[index_n], args.value_clip)
-            sums["value_loss"] += critic_loss_n.sum().item()
-            (critic_loss_n.sum() / N).backward()
+            sums["value_loss"] += weight * critic_loss_n.sum().item()
+            (weight * scale * critic_loss_n.sum()).backward()
 
             for name, value in token_diagnostics(
                 batch, index_n, ratio_n, entropy_n, old_log_probs_n, args.clip
             ).items():
-                sums[name] += value
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
-        torch.nn.utils.clip_grad_norm_(critic_trained, args.max_grad_norm)
+                sums[name] += weight * value
+        grad_norm = clip_gradients(policy, args.max_grad_norm)
+        clip_gradients(critic, args.max_grad_norm)
         for step_of in (optimizer, critic_optimizer):
             step_of.step()
             step_of.zero_grad(set_to_none=True)
-    metrics = {name: value / N for name, value in sums.items()}
-    metrics |= {"kl": kl_N.mean().item(), "explained_variance": explained.item(), "grad_norm": grad_norm.item()}
-    return metrics
+    totals = global_sum([*sums.values(), kl_N.sum().item()], device)
+    metrics = {name: total / N for name, total in zip([*sums, "kl"], totals)}
+    return metrics | {"explained_variance": explained, "grad_norm": grad_norm}

@@ -2,6 +2,7 @@
 
     python train.py                                      picks a preset by the hardware it finds
     python train.py --algo ppo --think --steps 50 --out out/think
+    torchrun --nproc_per_node 8 train.py --algo ppo --think      sharded over 8 GPUs
 
     for each step:
         1. draw profiles; GRPO holds a group of dialogues with each
@@ -22,7 +23,6 @@ Deliberate deviations from the paper, laptop preset only
 
 import argparse
 import json
-import os
 import random
 import resource
 import shutil
@@ -31,7 +31,15 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from tqdm import tqdm
 
 import grpo
@@ -42,10 +50,14 @@ from policy import (
     Chat,
     Critic,
     ModelError,
+    Policy,
     compute_dtype,
+    copy_weights,
     frozen_copy,
+    global_sum,
     load_model,
     save_model,
+    shard,
     train_upper_layers,
 )
 from rollout import LocalLLM, instructions, make_batch, rollout
@@ -72,6 +84,7 @@ PRESETS = {
         kl=0.05,
         entropy=0.02,
         train_layers=10,
+        checkpointing=False,
         micro_tokens=4000,
     ),
     "paper": dict(
@@ -92,6 +105,7 @@ PRESETS = {
         kl=0.0,
         entropy=0.001,
         train_layers=None,
+        checkpointing=True,
         micro_tokens=16384,
     ),
 }
@@ -126,6 +140,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--max-grad-norm", type=float, default=1.0)
     add("--no-std", action="store_true", help="GRPO advantages without division by the group's standard deviation")
     add("--train-layers", type=int, help="train only this many upper layers")
+    add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations: less memory, more time")
     add("--micro-tokens", type=int, help="padded tokens per forward pass; does not change the update")
     add("--train-profiles", default=str(DATA / "train_profiles.jsonl"))
     add("--test-profiles", default=str(DATA / "test_profiles.jsonl"))
@@ -157,8 +172,6 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("--group must be at least 2: GRPO compares dialogues of one profile")
     if args.kl < 0 or args.entropy < 0 or args.warmup < 0:
         parser.error("--kl, --entropy and --warmup must not be negative")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        parser.error("several processes (torchrun) are not supported yet; run `python train.py`")
     return args
 
 
@@ -204,17 +217,31 @@ def draw_curves(out: Path) -> None:
     (out / "curves.tmp.png").replace(out / "curves.png")
 
 
-def save_checkpoint(out: Path, step: int, policy, tokenizer, critic, optimizers) -> None:
-    """out/checkpoint for `from_pretrained`, out/trainer.pt for --resume; each whole or not at all, trainer.pt last."""
-    save_model(policy, tokenizer, out / "checkpoint")
-    state = {
-        "step": step,
-        "policy": policy.state_dict(),
-        "critic": critic.state_dict() if critic else None,
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-    }
-    torch.save(state, out / "trainer.tmp.pt")
-    (out / "trainer.tmp.pt").replace(out / "trainer.pt")
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded, so that any number of ranks can go on
+
+
+def save_checkpoint(out: Path, step: int, tokenizer, modules, optimizers) -> None:
+    """out/checkpoint for `from_pretrained`, out/trainer.pt for --resume; each whole or not at all, trainer.pt last.
+
+    `modules` are the policy and, with PPO, the critic. Every rank must call this; rank 0 writes."""
+    states = [get_model_state_dict(module, options=WHOLE) for module in modules]
+    optimizer_states = [get_optimizer_state_dict(m, o, options=WHOLE) for m, o in zip(modules, optimizers)]
+    if PartialState().is_main_process:
+        weights = {name.removeprefix("model."): value for name, value in states[0].items()}
+        save_model(modules[0].model, tokenizer, out / "checkpoint", weights)
+        torch.save({"step": step, "modules": states, "optimizers": optimizer_states}, out / "trainer.tmp.pt")
+        (out / "trainer.tmp.pt").replace(out / "trainer.pt")
+    PartialState().wait_for_everyone()
+
+
+def load_checkpoint(out: Path, modules, optimizers) -> int:
+    """Put the state of out/trainer.pt into modules and optimizers, sharded or not; return the next step."""
+    state = torch.load(out / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
+    for module, weights in zip(modules, state["modules"]):
+        set_model_state_dict(module, weights, options=WHOLE)
+    for module, optimizer, saved in zip(modules, optimizers, state["optimizers"]):
+        set_optimizer_state_dict(module, optimizer, saved, options=WHOLE)
+    return state["step"]
 
 
 def peak_memory_gb() -> float:
@@ -235,19 +262,19 @@ def draw_profiles(profiles, step: int, count: int, seed: int):
     return order[start : start + count]
 
 
-def rollout_metrics(dialogues, batch, args) -> dict:
+def rollout_metrics(dialogues, reward: str) -> dict:
     dropped = sum(bool(dialogue.dropped) for dialogue in dialogues)
     dialogues = [dialogue for dialogue in dialogues if not dialogue.dropped]
     turns = [turn for dialogue in dialogues for turn in dialogue.turns]
     changes = [turn.reaction.appraisal.change for turn in turns if turn.reaction]
     emotions = [dialogue.final_emotion for dialogue in dialogues]
     return {
-        "reward": sum(sum(dialogue.rewards(args.reward)) for dialogue in dialogues) / len(dialogues),
+        "reward": sum(sum(dialogue.rewards(reward)) for dialogue in dialogues) / len(dialogues),
         "emotion": sum(emotions) / len(emotions),
         "success": sum(emotion >= 100 for emotion in emotions) / len(emotions),
         "failure": sum(emotion < 10 for emotion in emotions) / len(emotions),
         "change_per_turn": sum(changes) / max(1, len(changes)),
-        "reply_tokens": len(batch) / len(turns),
+        "reply_tokens": sum(len(turn.sampled_ids) for turn in turns) / len(turns),
         "stopped": sum(turn.stopped for turn in turns) / len(turns),
         "truncated": sum(not turn.stopped for turn in turns),
         "format_errors": sum(not turn.format_ok for turn in turns),
@@ -266,80 +293,104 @@ def train(args) -> None:
     train_profiles = load_profiles(args.train_profiles, offline)
     test_profiles = load_profiles(args.test_profiles, offline)
     make_simulator(args)  # a wrong flag ends the run before anything is written
-    out.mkdir(parents=True, exist_ok=True)
     if not args.resume and (out / "metrics.jsonl").exists():
         raise ValueError(f"--out {out}: holds a run already; choose another folder or go on with --resume")
     if args.resume and not (out / "trainer.pt").exists():
         raise ValueError(f"--resume: no checkpoint in {out}")
-    accelerator = Accelerator(log_with=args.track, project_dir=str(out))
+    out.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(log_with=args.track, project_dir=str(out), cpu=not torch.cuda.is_available())
+    rank, ranks, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    if args.batch % (ranks * args.group):
+        raise ValueError(
+            f"--batch {args.batch} must be a multiple of {ranks} processes x {args.group} dialogues a group"
+        )
     if args.track:
         accelerator.init_trackers("rlver", config={k: v for k, v in vars(args).items() if v is not None})
     torch.manual_seed(args.seed)
     device = accelerator.device.type
     dtype = compute_dtype(device)
-    policy, tokenizer = load_model(args.model, device)
+
+    # The models. Generation wants whole weights in the compute dtype: a copy, unless the policy itself is just that.
+    model, tokenizer = load_model(args.model, device)
     chat = Chat(tokenizer, *instructions(args.think, args.examples))
-    reference = frozen_copy(policy) if args.kl > 0 or args.simulator == "self" else None
-    simulator = make_simulator(args, LocalLLM(reference, tokenizer, dtype) if args.simulator == "self" else None)
-    if args.kl == 0:
-        reference = None  # it only plays the user
-    train_upper_layers(policy, args.train_layers)
-    critic = Critic(policy) if args.algo == "ppo" else None
-    models = [(policy, args.lr)] + ([(critic, args.critic_lr)] if critic else [])
-    optimizers = [
-        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
-        for model, lr in models
-    ]
-    first_step = 0
-    if args.resume:
-        state = torch.load(out / "trainer.pt", map_location=device, weights_only=True)
-        first_step = state["step"]
-        policy.load_state_dict(state["policy"])
-        if critic:
-            critic.load_state_dict(state["critic"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        for name in ("metrics.jsonl", "transcripts.jsonl"):
-            keep_steps_before(out / name, first_step)
-    if not args.resume:
-        write_json(out / "config.json", vars(args))
-    print(
-        f"{args.preset} preset: {args.algo}, {args.model}, {args.steps} steps of {args.batch} dialogues, {device}, {dtype}"
+    copied = ranks > 1 or dtype != torch.float32
+    sampler = frozen_copy(model).to(dtype) if copied else model
+    simulator = make_simulator(
+        args, LocalLLM(frozen_copy(model).to(dtype), tokenizer, dtype) if args.simulator == "self" else None
     )
+    reference = Policy(frozen_copy(model), args.temperature, dtype) if args.kl > 0 else None
+    train_upper_layers(model, args.train_layers)
+    if args.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    policy = Policy(model, args.temperature, dtype)
+    critic = Critic(model, dtype) if args.algo == "ppo" else None
+    if ranks > 1:
+        for module in filter(None, (policy, critic, reference)):
+            shard(module, dtype)
+    modules, rates = [policy], [args.lr]
+    if critic:
+        modules, rates = [policy, critic], [args.lr, args.critic_lr]
+    optimizers = [
+        torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+        for module, lr in zip(modules, rates)
+    ]
+    first_step = load_checkpoint(out, modules, optimizers) if args.resume else 0
+    if copied:
+        copy_weights(policy, sampler)
+    if main_process:
+        if args.resume:
+            for name in ("metrics.jsonl", "transcripts.jsonl"):
+                keep_steps_before(out / name, first_step)
+        else:
+            write_json(out / "config.json", vars(args))
+        where = f"{ranks} x {device}" if ranks > 1 else device
+        print(
+            f"{args.preset} preset: {args.algo}, {args.model}, {args.steps} steps of {args.batch} dialogues, {where}, {dtype}"
+        )
 
     # Held-out dialogues are sampled as in training, because that is the policy that was trained.
     sampling = dict(think=args.think, max_new_tokens=args.max_new_tokens, temperature=args.temperature, dtype=dtype)
 
     def held_out():
-        held = evaluate(policy, chat, simulator, test_profiles, seed=args.seed, **sampling)
-        return [dialogue.transcript() for dialogue in held]
+        mine = range(rank, len(test_profiles), ranks)
+        held = evaluate(
+            sampler, chat, simulator, [test_profiles[i] for i in mine], [seed_of(args, -1, i) for i in mine], **sampling
+        )
+        rows = gather_object([(i, dialogue.transcript()) for i, dialogue in zip(mine, held)])
+        return [transcript for _, transcript in sorted(rows, key=lambda row: row[0])]
 
     if not args.no_eval and first_step == 0:
         before = held_out()
-        write_json(out / "before.json", before)
-        print_score("held-out score before", before)
+        if main_process:
+            write_json(out / "before.json", before)
+            print_score("held-out score before", before)
 
-    for step in tqdm(range(first_step, args.steps), desc="training", unit="step", initial=first_step, total=args.steps):
+    steps = range(first_step, args.steps)
+    for step in tqdm(steps, "training", initial=first_step, total=args.steps, unit="step", disable=not main_process):
         clock = [time.perf_counter()]
+        share = args.batch // ranks  # whole groups: an advantage needs no other rank
+        mine = range(rank * share, (rank + 1) * share)
         profiles = draw_profiles(train_profiles, step, args.batch // args.group, args.seed)
-        profiles = [profile for profile in profiles for _ in range(args.group)]
-        seeds = [((args.seed * 1_000_003 + step) * 1_009 + i) % 2**63 for i in range(args.batch)]
-        with tqdm(total=args.batch, desc="dialogues", unit="dialogue", leave=False) as bar:
+        with tqdm(total=share, desc="dialogues", unit="dialogue", leave=False, disable=not main_process) as bar:
             dialogues = rollout(
-                policy,
+                sampler,
                 chat,
                 simulator,
-                profiles,
-                seeds,
+                [profiles[i // args.group] for i in mine],
+                [seed_of(args, step, i) for i in mine],
                 Protocol(RLVER.start, args.turns),
                 on_end=bar.update,
                 **sampling,
             )
-        dropped = [dialogue.dropped for dialogue in dialogues if dialogue.dropped]
-        append_jsonl(out / "transcripts.jsonl", [{"step": step} | dialogue.transcript() for dialogue in dialogues])
+        all_dialogues = gather_object(dialogues)
+        dropped = [dialogue.dropped for dialogue in all_dialogues if dialogue.dropped]
+        if main_process:
+            rows = [{"step": step} | dialogue.transcript() for dialogue in all_dialogues]
+            append_jsonl(out / "transcripts.jsonl", rows)
         if len(dropped) > MOST_DROPPED * args.batch:
             if step > first_step:
-                save_checkpoint(out, step, policy, tokenizer, critic, optimizers)
+                save_checkpoint(out, step, tokenizer, modules, optimizers)
             raise UserBroken(
                 f"step {step}: {len(dropped)} of {args.batch} simulated users broke down, most recently: {dropped[-1]}; "
                 "mend the simulator and go on with --resume"
@@ -347,49 +398,60 @@ def train(args) -> None:
         batch = make_batch(dialogues, args.reward)
         clock.append(time.perf_counter())
 
-        for optimizer, (_, lr) in zip(optimizers, models):
+        for optimizer, lr in zip(optimizers, rates):
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1.0, (step + 1) / max(1, args.warmup))
         if args.algo == "grpo":
             advantages_N, flat_groups = grpo.group_advantages(
                 batch, args.group, per_turn=args.reward != "terminal", gamma=args.gamma, std=not args.no_std
             )
-            metrics = grpo.update(policy, reference, optimizers[0], batch, advantages_N, args, dtype)
-            metrics["zero_variance_groups"] = flat_groups
+            metrics = grpo.update(policy, reference, *optimizers, batch, advantages_N, args)
+            (metrics["zero_variance_groups"],) = global_sum([flat_groups], device)
         else:
-            metrics = ppo.update(policy, reference, critic, *optimizers, batch, args, dtype)
+            metrics = ppo.update(policy, reference, critic, *optimizers, batch, args)
+        if copied:
+            copy_weights(policy, sampler)
         clock.append(time.perf_counter())
 
-        metrics = {"step": step} | rollout_metrics(dialogues, batch, args) | metrics
+        (tokens,) = global_sum([len(batch)], device)
+        metrics = {"step": step} | rollout_metrics(all_dialogues, args.reward) | metrics
         metrics |= {
             "rollout_seconds": clock[1] - clock[0],
             "update_seconds": clock[2] - clock[1],
-            "tokens_per_second": len(batch) / (clock[1] - clock[0]),
+            "tokens_per_second": tokens / (clock[1] - clock[0]),
             "peak_memory_gb": peak_memory_gb(),
         }
-        append_jsonl(out / "metrics.jsonl", [metrics])
-        draw_curves(out)
+        if main_process:
+            append_jsonl(out / "metrics.jsonl", [metrics])
+            draw_curves(out)
+            tqdm.write(
+                f"step {step:3d}  emotion {metrics['emotion']:5.1f}  change/turn {metrics['change_per_turn']:+5.2f}  "
+                f"reply {metrics['reply_tokens']:4.1f} tokens  stopped {metrics['stopped']:4.0%}  "
+                f"entropy {metrics['entropy']:.2f}"
+            )
         accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=step)
-        tqdm.write(
-            f"step {step:3d}  emotion {metrics['emotion']:5.1f}  change/turn {metrics['change_per_turn']:+5.2f}  "
-            f"reply {metrics['reply_tokens']:4.1f} tokens  stopped {metrics['stopped']:4.0%}  entropy {metrics['entropy']:.2f}"
-        )
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save_checkpoint(out, step + 1, policy, tokenizer, critic, optimizers)
-    accelerator.end_training()
+            save_checkpoint(out, step + 1, tokenizer, modules, optimizers)
 
     if not args.no_eval:
         after = held_out()
-        write_json(out / "after.json", after)
-        before = json.loads((out / "before.json").read_text(encoding="utf-8"))
-        for transcript in after[:3]:
-            print_dialogue(transcript)
-        print()
-        print_score("held-out score before", before)
-        print_score("held-out score after ", after)
-        difference = compare(after, before)
-        print(f"difference, paired by profile: {difference['difference']:+.1f} +- {difference['standard_error']:.1f}")
-        write_json(out / "result.json", {"before": summarize(before), "after": summarize(after), "paired": difference})
+        if main_process:
+            write_json(out / "after.json", after)
+            before = json.loads((out / "before.json").read_text(encoding="utf-8"))
+            for transcript in after[:3]:
+                print_dialogue(transcript)
+            print()
+            print_score("held-out score before", before)
+            print_score("held-out score after ", after)
+            paired = compare(after, before)
+            print(f"difference, paired by profile: {paired['difference']:+.1f} +- {paired['standard_error']:.1f}")
+            write_json(out / "result.json", {"before": summarize(before), "after": summarize(after), "paired": paired})
+    accelerator.end_training()
+
+
+def seed_of(args, step: int, dialogue: int) -> int:
+    """Seed of one dialogue's sampling, whichever rank holds it."""
+    return ((args.seed * 1_000_003 + step + 1) * 1_009 + dialogue) % 2**63
 
 
 def print_score(title: str, transcripts: list[dict]) -> None:

@@ -11,6 +11,7 @@ import grpo
 import ppo
 from policy import (
     Critic,
+    Policy,
     common_prefix,
     frozen_copy,
     micro_batches,
@@ -58,7 +59,7 @@ def slow_log_probs(model, batch, temperature):
 
 def fast_log_probs(model, batch, micro_tokens, temperature=0.8):
     result = torch.zeros(len(batch))
-    for rows in micro_batches(batch, micro_tokens):
+    for rows, _ in micro_batches(batch, micro_tokens):
         hidden, index = sampled_hidden(model, batch, rows, torch.float32)
         result = result.index_put((index,), token_log_probs(model, hidden, batch.id_N[index], temperature)[0])
     return result
@@ -125,7 +126,7 @@ def test_activation_checkpointing_changes_no_gradient():
 
 def test_micro_batches_cover_everything_and_start_with_the_longest():
     batch = ragged()
-    groups = micro_batches(batch, 40)
+    groups = [rows for rows, _ in micro_batches(batch, 40)]
     assert sorted(row for group in groups for row in group) == [0, 1, 2, 3]
     longest = max(range(4), key=lambda row: len(batch.trees[row]))
     assert longest in groups[0]
@@ -235,11 +236,11 @@ def run_update(algo, micro_tokens, *, epochs=1, lr=1e-2):
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     if algo == "grpo":
         advantages, _ = grpo.group_advantages(batch, 2, per_turn=False)
-        metrics = grpo.update(model, reference, optimizer, batch, advantages, args)
+        metrics = grpo.update(Policy(model, 0.8), Policy(reference, 0.8), optimizer, batch, advantages, args)
         return model, None, metrics
     critic = Critic(model)
     critic_optimizer = torch.optim.SGD(critic.parameters(), lr=lr)
-    metrics = ppo.update(model, reference, critic, optimizer, critic_optimizer, batch, args)
+    metrics = ppo.update(Policy(model, 0.8), Policy(reference, 0.8), critic, optimizer, critic_optimizer, batch, args)
     return model, critic, metrics
 
 
@@ -287,7 +288,7 @@ def test_log_softmax_is_float32_and_the_value_head_starts_at_zero(model):
     log_probs, entropy = token_log_probs(half, torch.randn(3, 32, dtype=torch.bfloat16), torch.tensor([1, 2, 3]), 1.0)
     assert log_probs.dtype == entropy.dtype == torch.float32
     batch = ragged()
-    values, _ = Critic(model).values(batch, [0, 1], torch.float32)
+    values, _ = Critic(model)(batch, [0, 1])
     assert (values == 0).all()
     assert not any(module.training for module in Critic(model).modules() if isinstance(module, torch.nn.Dropout))
 

@@ -1,0 +1,116 @@
+"""Several processes: two gloo ranks train to the same parameters as one process; a killed run goes on as if it had not been."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, byte_tokenizer, tiny_model
+from stub import Stub
+
+TINY = "--preset laptop --batch 8 --turns 3 --max-new-tokens 9 --examples 0 --no-eval --train-layers 3 --micro-tokens 600".split()
+
+
+@pytest.fixture(scope="module")
+def ragged_folder(tmp_path_factory):
+    """A checkpoint whose replies are of uneven length: the stop token's logit swings widely."""
+    folder = tmp_path_factory.mktemp("ragged") / "model"
+    tokenizer, model = byte_tokenizer(), tiny_model()
+    model.get_output_embeddings().weight.data[tokenizer.eos_token_id] *= -60
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def command(folder, out, *flags, ranks=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    flags = [*TINY, "--model", str(folder), "--out", str(out), *map(str, flags)]
+    return [sys.executable, *launcher, str(ROOT / "train.py"), *flags]
+
+
+def run(*arguments, **settings):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command(*arguments, **settings), capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def metrics_of(out):
+    timing = ("seconds", "tokens_per_second", "peak_memory")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not any(word in k for word in timing)} for row in rows]
+
+
+def parameters_of(out):
+    return torch.load(out / "trainer.pt", weights_only=True)["modules"]
+
+
+@pytest.mark.parametrize("flags", [("--algo", "grpo", "--group", "2"), ("--algo", "ppo")], ids=["grpo", "ppo"])
+def test_two_ranks_equal_one_process(flags, ragged_folder, tmp_path):
+    with Stub() as stub:  # a user whose changes differ, so that advantages do
+        flags = (*flags, "--steps", "3", "--lr", "1e-5", "--critic-lr", "1e-5", "--simulator", stub.url)
+        flags = (*flags, "--simulator-model", "stub", "--simulator-cache", tmp_path / "cache")
+        run(ragged_folder, tmp_path / "one", *flags)
+        run(ragged_folder, tmp_path / "two", *flags, ranks=2)
+    one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
+    assert one[0]["reply_tokens"] == two[0]["reply_tokens"] != int(one[0]["reply_tokens"]), "uneven replies"
+    for a, b in zip(one, two):
+        assert a == pytest.approx(b, abs=1e-4)
+    assert abs(one[0]["policy_loss"]) + one[0].get("explained_variance", 1.0) != 0 and one[0]["grad_norm"] > 0.01
+    moved = 0.0
+    start = tiny_model().state_dict()
+    for module_a, module_b in zip(parameters_of(tmp_path / "one"), parameters_of(tmp_path / "two")):
+        assert module_a.keys() == module_b.keys()
+        for name, value in module_a.items():
+            assert torch.allclose(value, module_b[name], atol=1e-5), name
+            if "layers" in name and name.removeprefix("model.") in start:
+                moved = max(moved, (value - start[name.removeprefix("model.")]).abs().max().item())
+    assert moved > 1e-5, "three steps must have changed something"
+    # Resuming on another number of ranks, with another user.
+    flags = (*flags, "--simulator", "rules")
+    run(ragged_folder, tmp_path / "two", *flags, "--steps", "4", "--resume")
+    assert [row["step"] for row in metrics_of(tmp_path / "two")] == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["rollout", "update", "checkpoint"])
+def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(moment, ragged_folder, tmp_path):
+    """kill -9 in the third step; the finished run then equals an uninterrupted one, metric by metric."""
+    flags = ("--algo", "grpo", "--group", "2", "--steps", "4", "--save-every", "1")
+    run(ragged_folder, tmp_path / "whole", *flags)
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    # Wait for the signal inside the function where the run is to die.
+    target = {"rollout": "train.rollout", "update": "grpo.clip_gradients", "checkpoint": "train.torch.save"}[moment]
+    (hook / "die.py").write_text(
+        f"import runpy, sys, time, pathlib\nsys.path.insert(0, {str(ROOT)!r})\nimport grpo, train\n"
+        f"real, count = {target}, 0\n"
+        "def dying(*args, **kwargs):\n"
+        "    global count\n"
+        "    count += 1\n"
+        "    if count == 3:\n"
+        "        if hasattr(args[-1], 'with_suffix'):\n"
+        "            args[-1].write_bytes(b'half a checkpoint')\n"
+        f"        pathlib.Path({str(hook / 'now')!r}).touch()\n"
+        "        time.sleep(600)\n"
+        "    return real(*args, **kwargs)\n"
+        f"{target} = dying\n"
+        "sys.exit(train.main(sys.argv[1:]))\n"
+    )
+    arguments = command(ragged_folder, tmp_path / "killed", *flags)[2:]
+    process = subprocess.Popen([sys.executable, str(hook / "die.py"), *arguments], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (hook / "now").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert (hook / "now").exists()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    run(ragged_folder, tmp_path / "killed", *flags, "--resume")
+    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
+    for a, b in zip(parameters_of(tmp_path / "killed"), parameters_of(tmp_path / "whole")):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    read = lambda folder: (folder / "transcripts.jsonl").read_text()  # noqa: E731
+    assert read(tmp_path / "killed") == read(tmp_path / "whole")
