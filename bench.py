@@ -1,6 +1,7 @@
 """Benchmarks: `python bench.py NAME` prints its figures with their ratios and stores them in results/bench_NAME.json.
 
     python bench.py simulator     32 prompted users on a server with 200 ms per call: all at once against one by one
+    python bench.py update        think mode, 8 turns: turns merged into a tree against every turn by itself
 
 Ratios come from one run on one machine; absolute seconds differ between machines.
 """
@@ -48,7 +49,48 @@ def simulator(dialogues: int = 32, delay: float = 0.2) -> None:
     store("simulator", figures)
 
 
-BENCHMARKS = {"simulator": simulator}
+def update(dialogues: int = 4, turns: int = 8, message: int = 35, thinking: int = 60, reply: int = 20) -> None:
+    """Forward and backward of one GRPO micro-batch of SmolLM2 in float32, same tokens both ways; gradients compared."""
+    from policy import SMOLLM2, Policy, load_model, micro_batches
+    from rollout import Batch
+
+    torch.manual_seed(0)
+    model, _ = load_model(SMOLLM2)
+    policy = Policy(model)
+    ids = lambda n: torch.randint(100, 40_000, (n,)).tolist()  # noqa: E731
+    sequences, rows, opening = [], [], ids(60)
+    for d in range(dialogues):
+        history = opening
+        for t in range(turns):
+            history = history + ids(message)
+            sampled = ids(thinking + reply)
+            start = len(history)
+            rows += [(len(sequences), start + k, token, d, t, 0.0, 0.0) for k, token in enumerate(sampled)]
+            sequences.append(history + sampled)
+            history = history + sampled[thinking:]
+    columns = [torch.tensor(column) for column in zip(*rows)]
+    figures, gradients = {"dialogues": dialogues, "turns": turns, "sampled_tokens": len(rows)}, {}
+    for name in ("merged", "expanded", "merged", "expanded"):  # the first round warms up
+        batch = Batch(sequences, *columns)
+        if name == "expanded":
+            batch.dialogue_N = batch.row_N  # every turn for itself
+        model.zero_grad(set_to_none=True)
+        start = time.perf_counter()
+        for micro, _ in micro_batches(batch, 4096):
+            log_probs_n, entropy_n, _ = policy(batch, micro)
+            ((log_probs_n + 0.01 * entropy_n).sum() / len(batch)).backward()
+        figures[f"seconds_{name}"] = time.perf_counter() - start
+        figures[f"tokens_{name}"] = sum(map(len, batch.trees))
+        gradients[name] = [p.grad for p in model.parameters()]
+    pairs = list(zip(gradients["merged"], gradients["expanded"]))
+    figures["largest_gradient_difference"] = max((a - b).abs().max().item() for a, b in pairs)
+    figures["largest_gradient"] = max(a.abs().max().item() for a, _ in pairs)
+    figures["token_ratio"] = figures["tokens_merged"] / figures["tokens_expanded"]
+    figures["speed_ratio"] = figures["seconds_expanded"] / figures["seconds_merged"]
+    store("update", figures)
+
+
+BENCHMARKS = {"simulator": simulator, "update": update}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

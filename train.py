@@ -23,6 +23,8 @@ Deliberate deviations from the paper, laptop preset only
 
 import argparse
 import json
+import math
+import os
 import random
 import resource
 import shutil
@@ -30,6 +32,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
@@ -41,21 +44,27 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import grpo
 import ppo
 from evaluate import compare, evaluate, print_dialogue, summarize, write_json
 from policy import (
+    LOGITS_AT_ONCE,
     SMOLLM2,
+    BaseOfLora,
     Chat,
     Critic,
     ModelError,
     Policy,
+    add_lora,
     compute_dtype,
     copy_weights,
     frozen_copy,
     global_sum,
     load_model,
+    merge_lora,
+    model_folder,
     save_model,
     shard,
     train_upper_layers,
@@ -139,6 +148,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--epochs", type=int, default=1, help="passes over a batch")
     add("--max-grad-norm", type=float, default=1.0)
     add("--no-std", action="store_true", help="GRPO advantages without division by the group's standard deviation")
+    add("--lora", type=int, metavar="RANK", help="train adapters of this rank instead of the weights (needs peft)")
     add("--train-layers", type=int, help="train only this many upper layers")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations: less memory, more time")
     add("--micro-tokens", type=int, help="padded tokens per forward pass; does not change the update")
@@ -149,8 +159,17 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--save-every", type=int, default=10, help="steps between checkpoints")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--no-eval", action="store_true", help="skip the held-out score before and after")
+    add("--plan", action="store_true", help="print the memory that a run needs, without loading weights, and stop")
+    add("--gpus", type=int, help="for --plan: number of GPUs; 0 is this CPU")
+    add("--gpu-memory", type=float, help="for --plan: GB of each")
     add("--track", choices=("tensorboard", "wandb"), help="also log to this tracker")
     args = parser.parse_args(argv)
+    here = torch.cuda.is_available()
+    if args.gpus is None:
+        args.gpus = int(os.environ.get("WORLD_SIZE", torch.cuda.device_count() if here and args.plan else here))
+    if args.gpu_memory is None:
+        total = torch.cuda.get_device_properties(0).total_memory if here else psutil.virtual_memory().total
+        args.gpu_memory = total / 1e9
     args.preset = args.preset or ("paper" if torch.cuda.is_available() else "laptop")
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
@@ -170,6 +189,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error(f"--batch {args.batch} must be a multiple of --group {args.group}")
     if args.algo == "grpo" and args.group < 2:
         parser.error("--group must be at least 2: GRPO compares dialogues of one profile")
+    if args.lora is not None and args.lora < 1:
+        parser.error("--lora must be at least 1")
     if args.kl < 0 or args.entropy < 0 or args.warmup < 0:
         parser.error("--kl, --entropy and --warmup must not be negative")
     return args
@@ -227,7 +248,7 @@ def save_checkpoint(out: Path, step: int, tokenizer, modules, optimizers) -> Non
     states = [get_model_state_dict(module, options=WHOLE) for module in modules]
     optimizer_states = [get_optimizer_state_dict(m, o, options=WHOLE) for m, o in zip(modules, optimizers)]
     if PartialState().is_main_process:
-        weights = {name.removeprefix("model."): value for name, value in states[0].items()}
+        weights = merge_lora({name.removeprefix("model."): value for name, value in states[0].items()})
         save_model(modules[0].model, tokenizer, out / "checkpoint", weights)
         torch.save({"step": step, "modules": states, "optimizers": optimizer_states}, out / "trainer.tmp.pt")
         (out / "trainer.tmp.pt").replace(out / "trainer.pt")
@@ -283,6 +304,112 @@ def rollout_metrics(dialogues, reward: str) -> dict:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The plan: what a run needs, before anything is loaded
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def memory_plan(args, gpus: int) -> dict[str, float]:
+    """GB per GPU and component (gpus 0: this computer's CPU, in float32), counted from the model's config.json alone.
+
+    Weights, gradients and Adam's two moments are float32 and sharded; the sampler is whole and in bf16. Rollout and update
+    never overlap, so the peak is what stays plus the larger of the two.
+    """
+    config = AutoConfig.from_pretrained(model_folder(args.model))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    if not args.lora:
+        train_upper_layers(model, args.train_layers)
+
+    def count(module, trained=False):
+        if trained and args.lora:
+            linear = [m for m in module.modules() if isinstance(m, torch.nn.Linear)]
+            return sum(args.lora * (m.in_features + m.out_features) for m in linear)
+        return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+    ranks, width = max(1, gpus), 2 if gpus else 4  # bytes of a number in the compute dtype
+    rows = args.batch // ranks
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    key_width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    head = 40 + 35 * args.examples  # tokens before the dialogue
+    columns = head + args.turns * (args.max_new_tokens + 45)  # of a dialogue's history
+    capacity = 2 ** math.ceil(math.log2(max(256, columns)))  # the cache grows by doubling
+    together = max(1, args.micro_tokens // columns)  # dialogues in a forward pass
+    shared = 0 if args.checkpointing or ranks > 1 else head  # computed once for all of them
+    tokens = shared + together * (columns - shared)
+    sampled = together * args.turns * args.max_new_tokens
+    per_token = (
+        8 * config.hidden_size + 3 * key_width + 4 * config.intermediate_size
+    )  # kept for a layer's backward pass
+    layers = config.num_hidden_layers
+    kept_layers = layers if args.train_layers is None else min(layers, args.train_layers)
+    per_token = per_token + layers * config.hidden_size if args.checkpointing else kept_layers * per_token
+    activations = (
+        tokens * width * per_token + together * columns**2 + 2 * layers * key_width * width * together * shared
+    )
+    logits = (
+        16 * min(sampled, LOGITS_AT_ONCE) * config.vocab_size
+    )  # float32: logits, log-probs, probabilities, gradient
+    ends = count(model) - count(model.base_model.layers)  # embedding, head, last norm
+    gathered = width * (2 * count(model.base_model.layers) / layers + ends) if ranks > 1 else 0
+    plan = {
+        "weights": (width if args.lora else 4) * count(model) / ranks,
+        "gradients": 4 * count(model, True) / ranks,
+        "optimizer": 8 * count(model, True) / ranks,
+        "critic": ((width if args.lora else 4) * count(model.base_model) + 12 * count(model.base_model, True)) / ranks
+        if args.algo == "ppo"
+        else 0,
+        "reference": 4 * count(model) / ranks if args.kl > 0 and not args.lora else 0,
+        "sampler": width * count(model) if ranks > 1 or (gpus and not args.lora) else 0,
+        "simulator": width * count(model) if args.simulator == "self" else 0,
+        "process": 0.7e9 if gpus == 0 else 1.0e9,
+        "rollout: KV cache": 2 * layers * key_width * width * rows * capacity,
+        "update: activations": activations,
+        "update: logits": logits,
+        "update: gathered layers": gathered,
+    }
+    plan = {name: size / 1e9 for name, size in plan.items()}
+    phases = [sum(size for name, size in plan.items() if name.startswith(phase)) for phase in ("rollout", "update")]
+    return plan | {"peak": sum(size for name, size in plan.items() if ":" not in name) + max(phases)}
+
+
+def check_memory(plan: dict[str, float], memory_gb: float) -> None:
+    """Raise ValueError with advice where the plan does not fit."""
+    if plan["peak"] > memory_gb:
+        most = sorted((name for name in plan if name != "peak"), key=plan.get, reverse=True)[:2]
+        advice = {"KV": "--max-new-tokens or --batch", "activations": "--micro-tokens, or --checkpointing"}
+        advice |= {"logits": "--micro-tokens", "gathered": "the model"}
+        change = [
+            next((a for key, a in advice.items() if key in name), "the model, more GPUs, or --lora 32") for name in most
+        ]
+        raise ValueError(
+            f"needs about {plan['peak']:.0f} GB of {memory_gb:.0f} GB per device, most of it for "
+            f"{most[0]} ({plan[most[0]]:.0f} GB) and {most[1]} ({plan[most[1]]:.0f} GB): lower {change[0]}; or {change[1]}"
+        )
+
+
+def print_plan(args) -> None:
+    gpus = args.gpus
+    plan = memory_plan(args, gpus)
+    print(
+        f"{args.model}, {args.algo}{' + think' if args.think else ''}, {f'{gpus} GPUs' if gpus else 'CPU'}: GB per device"
+    )
+    for name, size in plan.items():
+        print(f"  {name:26}{size:8.1f}")
+    if gpus:  # an H100's rate, at the share of it that such code reaches: 40 % of 990 Tflop/s, 60 % of 3.35 TB/s
+        history = 40 + args.turns * (args.max_new_tokens + 45)
+        parameters = plan["weights"] * gpus * 1e9 / (2 if args.lora else 4)
+        passes = (8 if args.checkpointing else 6) * (2 if args.algo == "ppo" else 1) + 2 * (args.kl > 0)
+        update = passes * parameters * args.batch * history / (gpus * 0.4 * 990e12)
+        cache = plan["rollout: KV cache"] * 1e9 / 2
+        decode = args.turns * args.max_new_tokens * (2 * parameters + cache) / (0.6 * 3.35e12)
+        print(
+            f"  seconds per step, at most: rollout {decode:.0f}, update {update:.0f} (every reply at --max-new-tokens)"
+        )
+    check_memory(plan, args.gpu_memory)
+    print(f"  fits into {args.gpu_memory:.0f} GB")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The loop
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -311,22 +438,29 @@ def train(args) -> None:
     dtype = compute_dtype(device)
 
     # The models. Generation wants whole weights in the compute dtype: a copy, unless the policy itself is just that.
-    model, tokenizer = load_model(args.model, device)
+    # Weights that are trained are float32; under adapters they are not.
+    model, tokenizer = load_model(args.model, device, dtype if args.lora else torch.float32)
     chat = Chat(tokenizer, *instructions(args.think, args.examples))
-    copied = ranks > 1 or dtype != torch.float32
-    sampler = frozen_copy(model).to(dtype) if copied else model
+    copied = ranks > 1 or (dtype != torch.float32 and not args.lora)
     simulator = make_simulator(
         args, LocalLLM(frozen_copy(model).to(dtype), tokenizer, dtype) if args.simulator == "self" else None
     )
-    reference = Policy(frozen_copy(model), args.temperature, dtype) if args.kl > 0 else None
-    train_upper_layers(model, args.train_layers)
+    if args.lora:
+        adapters = add_lora(model, args.lora)
+        reference = None
+    else:
+        reference = Policy(frozen_copy(model), args.temperature, dtype) if args.kl > 0 else None
+        train_upper_layers(model, args.train_layers)
+    sampler = frozen_copy(model).to(dtype) if copied else model
     if args.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
     policy = Policy(model, args.temperature, dtype)
+    if args.lora and args.kl > 0:
+        reference = BaseOfLora(policy, adapters)
     critic = Critic(model, dtype) if args.algo == "ppo" else None
     if ranks > 1:
-        for module in filter(None, (policy, critic, reference)):
+        for module in filter(None, (policy, critic, None if args.lora else reference)):
             shard(module, dtype)
     modules, rates = [policy], [args.lr]
     if critic:
@@ -465,6 +599,9 @@ def print_score(title: str, transcripts: list[dict]) -> None:
 def main(argv=None) -> int:
     args = parse_args(argv)
     try:
+        if args.plan:
+            print_plan(args)
+            return 0
         if shutil.disk_usage(Path(args.out).absolute().anchor).free < 2**30:
             raise OSError("less than 1 GB of disk left")
         train(args)

@@ -11,6 +11,9 @@ import pytest
 import torch
 from conftest import ROOT, byte_tokenizer, tiny_model
 from stub import Stub
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+import train
 
 TINY = "--preset laptop --batch 8 --turns 3 --max-new-tokens 9 --examples 0 --no-eval --train-layers 3 --micro-tokens 600".split()
 
@@ -114,3 +117,28 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(moment, ragged
         assert all(torch.equal(a[name], b[name]) for name in a)
     read = lambda folder: (folder / "transcripts.jsonl").read_text()  # noqa: E731
     assert read(tmp_path / "killed") == read(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_lora_trains_adapters_and_saves_a_plain_model(ranks, ragged_folder, tmp_path):
+    pytest.importorskip("peft")
+    flags = ("--algo", "grpo", "--group", "2", "--steps", "2", "--lora", "4", "--lr", "1e-2", "--entropy", "0.1")
+    run(ragged_folder, tmp_path / "o", *flags, ranks=ranks)
+    plain, before = (AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "o" / "checkpoint", ragged_folder))
+    weights = dict(plain.named_parameters())
+    changed = {name for name, value in before.named_parameters() if not torch.equal(value, weights[name])}
+    assert changed and all(".layers." in name for name in changed), "the embedding and the norms have no adapters"
+    assert metrics_of(tmp_path / "o")[1]["kl"] > 0, "the reference is the model without adapters"
+    run(ragged_folder, tmp_path / "o", *flags, "--steps", "3", "--resume")
+
+
+def test_the_plan_says_what_fits_and_what_to_change(tmp_path, capsys):
+    """Qwen2.5-7B's shape from its config.json alone: fits on 8 x 80 GB with PPO and think, not on one."""
+    shape = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+    Qwen2Config(**shape, num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False).save_pretrained(tmp_path)
+    flags = ["--plan", "--preset", "paper", "--think", "--model", str(tmp_path), "--gpu-memory", "80"]
+    assert train.main([*flags, "--gpus", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "fits into 80 GB" in out and "critic" in out
+    assert train.main([*flags, "--gpus", "1"]) == 2
+    assert "more GPUs" in capsys.readouterr().err
