@@ -1127,7 +1127,7 @@ class ServerLLM:
                 "model": self.model,
                 "messages": [{"role": "system", "content": system}, {"role": "user", "content": text}],
                 "temperature": self.temperature,
-                "max_tokens": 1024,
+                "max_tokens": 512,
             }
             with_schema = self.takes_schema
             if with_schema:

@@ -72,6 +72,7 @@ from policy import (
 from rollout import LocalLLM, instructions, make_batch, rollout
 from simulator import RLVER, ProfileError, Protocol, UserBroken, add_simulator_flags, load_profiles, make_simulator
 
+VALIDATION = 24  # training profiles held back with --eval-every
 MOST_DROPPED = 0.5  # share of a step's dialogues whose user may break down
 DATA = Path(__file__).parent / "data"
 PRESETS = {
@@ -82,19 +83,20 @@ PRESETS = {
         reward="delta",
         gamma=0.0,
         steps=14,
-        batch=40,
-        group=8,
+        batch=24,
+        group=6,
         turns=4,
         max_new_tokens=24,
         temperature=0.7,
-        lr=1.2e-4,
+        lr=9e-5,
+        lr_end=0.2,
         critic_lr=1e-4,
         warmup=2,
         kl=0.05,
         entropy=0.02,
-        train_layers=10,
+        train_layers=22,
         checkpointing=False,
-        micro_tokens=4000,
+        micro_tokens=6000,
     ),
     "paper": dict(
         algo="ppo",
@@ -109,6 +111,7 @@ PRESETS = {
         max_new_tokens=5000,
         temperature=1.0,
         lr=1e-6,
+        lr_end=1.0,
         critic_lr=5e-6,
         warmup=7,
         kl=0.0,
@@ -139,6 +142,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--max-new-tokens", type=int, help="per reply, thinking included")
     add("--temperature", type=float, help="of sampling; log-probs are of the same distribution")
     add("--lr", type=float, help="of the policy")
+    add("--lr-end", type=float, help="share of the learning rates that is left at the end (linear decay)")
     add("--critic-lr", type=float, help="of the critic (PPO)")
     add("--warmup", type=int, help="steps until the full learning rate")
     add("--kl", type=float, help="coefficient of the KL to the initial policy; 0: no reference model, as in the paper")
@@ -158,6 +162,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--out", default="out", help="folder for metrics, curves, transcripts and the checkpoint")
     add("--save-every", type=int, default=10, help="steps between checkpoints")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--eval-every", type=int, help="steps between scores on 24 held-back training profiles; the best model is kept")
+    add("--patience", type=int, default=3, help="with --eval-every: scores without a new best before the run stops")
     add("--no-eval", action="store_true", help="skip the held-out score before and after")
     add("--plan", action="store_true", help="print the memory that a run needs, without loading weights, and stop")
     add("--gpus", type=int, help="for --plan: number of GPUs; 0 is this CPU")
@@ -176,15 +182,26 @@ def parse_args(argv=None) -> argparse.Namespace:
             setattr(args, name, value)
     if args.algo == "ppo":
         args.group = 1
-    for name in ("steps", "batch", "group", "turns", "max_new_tokens", "epochs", "micro_tokens", "save_every"):
-        if getattr(args, name) < 1:
+    for name in (
+        "steps",
+        "batch",
+        "group",
+        "turns",
+        "max_new_tokens",
+        "epochs",
+        "micro_tokens",
+        "save_every",
+        "eval_every",
+        "patience",
+    ):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("lr", "critic_lr", "temperature", "clip", "value_clip", "max_grad_norm"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be greater than 0")
-    for name in ("gamma", "lam"):
+    for name in ("gamma", "lam", "lr_end"):
         if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name} must lie in [0, 1]")
+            parser.error(f"--{name.replace('_', '-')} must lie in [0, 1]")
     if args.batch % args.group:
         parser.error(f"--batch {args.batch} must be a multiple of --group {args.group}")
     if args.algo == "grpo" and args.group < 2:
@@ -248,11 +265,22 @@ def save_checkpoint(out: Path, step: int, tokenizer, modules, optimizers) -> Non
     states = [get_model_state_dict(module, options=WHOLE) for module in modules]
     optimizer_states = [get_optimizer_state_dict(m, o, options=WHOLE) for m, o in zip(modules, optimizers)]
     if PartialState().is_main_process:
-        weights = merge_lora({name.removeprefix("model."): value for name, value in states[0].items()})
-        save_model(modules[0].model, tokenizer, out / "checkpoint", weights)
+        save_model(modules[0].model, tokenizer, out / "checkpoint", plain_weights(states[0]))
         torch.save({"step": step, "modules": states, "optimizers": optimizer_states}, out / "trainer.tmp.pt")
         (out / "trainer.tmp.pt").replace(out / "trainer.pt")
     PartialState().wait_for_everyone()
+
+
+def save_best(out: Path, tokenizer, policy) -> None:
+    """out/best: the model with the best validation score so far. Every rank must call this."""
+    state = get_model_state_dict(policy, options=WHOLE)
+    if PartialState().is_main_process:
+        save_model(policy.model, tokenizer, out / "best", plain_weights(state))
+
+
+def plain_weights(state: dict) -> dict:
+    """Weights of a Policy as those of a model that `from_pretrained` loads."""
+    return merge_lora({name.removeprefix("model."): value for name, value in state.items()})
 
 
 def load_checkpoint(out: Path, modules, optimizers) -> int:
@@ -419,6 +447,13 @@ def train(args) -> None:
     offline = args.simulator == "rules"
     train_profiles = load_profiles(args.train_profiles, offline)
     test_profiles = load_profiles(args.test_profiles, offline)
+    validation_profiles = []
+    if args.eval_every:
+        train_profiles, validation_profiles = train_profiles[:-VALIDATION], train_profiles[-VALIDATION:]
+        if not train_profiles:
+            raise ValueError(
+                f"--eval-every holds back {VALIDATION} profiles: {args.train_profiles} needs more than that"
+            )
     make_simulator(args)  # a wrong flag ends the run before anything is written
     if not args.resume and (out / "metrics.jsonl").exists():
         raise ValueError(f"--out {out}: holds a run already; choose another folder or go on with --resume")
@@ -486,20 +521,21 @@ def train(args) -> None:
     # Held-out dialogues are sampled as in training, because that is the policy that was trained.
     sampling = dict(think=args.think, max_new_tokens=args.max_new_tokens, temperature=args.temperature, dtype=dtype)
 
-    def held_out():
-        mine = range(rank, len(test_profiles), ranks)
+    def held_out(model, profiles):
+        mine = range(rank, len(profiles), ranks)
         held = evaluate(
-            sampler, chat, simulator, [test_profiles[i] for i in mine], [seed_of(args, -1, i) for i in mine], **sampling
+            model, chat, simulator, [profiles[i] for i in mine], [seed_of(args, -1, i) for i in mine], **sampling
         )
         rows = gather_object([(i, dialogue.transcript()) for i, dialogue in zip(mine, held)])
         return [transcript for _, transcript in sorted(rows, key=lambda row: row[0])]
 
     if not args.no_eval and first_step == 0:
-        before = held_out()
+        before = held_out(sampler, test_profiles)
         if main_process:
             write_json(out / "before.json", before)
             print_score("held-out score before", before)
 
+    best = out / "best.json"  # [validation score, step] of out/best
     steps = range(first_step, args.steps)
     for step in tqdm(steps, "training", initial=first_step, total=args.steps, unit="step", disable=not main_process):
         clock = [time.perf_counter()]
@@ -534,7 +570,8 @@ def train(args) -> None:
 
         for optimizer, lr in zip(optimizers, rates):
             for group in optimizer.param_groups:
-                group["lr"] = lr * min(1.0, (step + 1) / max(1, args.warmup))
+                warm = min(1.0, (step + 1) / max(1, args.warmup))
+                group["lr"] = lr * warm * (1 - (1 - args.lr_end) * step / args.steps)
         if args.algo == "grpo":
             advantages_N, flat_groups = grpo.group_advantages(
                 batch, args.group, per_turn=args.reward != "terminal", gamma=args.gamma, std=not args.no_std
@@ -566,9 +603,24 @@ def train(args) -> None:
         accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=step)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save_checkpoint(out, step + 1, tokenizer, modules, optimizers)
+        if args.eval_every and (step + 1) % args.eval_every == 0:
+            score = summarize(held_out(sampler, validation_profiles))["score"]
+            best_score, best_step = json.loads(best.read_text()) if best.exists() else (-1.0, 0)
+            if score > best_score:
+                save_best(out, tokenizer, policy)
+                if main_process:
+                    write_json(best, [score, step + 1])
+            if main_process:
+                tqdm.write(f"step {step:3d}  validation score {score:.1f}, best before {best_score:.1f}")
+            accelerator.wait_for_everyone()
+            if score <= best_score and step + 1 - best_step >= args.patience * args.eval_every:
+                save_checkpoint(out, step + 1, tokenizer, modules, optimizers)
+                break
 
     if not args.no_eval:
-        after = held_out()
+        if best.exists():
+            sampler = load_model(str(out / "best"), device, dtype)[0]
+        after = held_out(sampler, test_profiles)
         if main_process:
             write_json(out / "after.json", after)
             before = json.loads((out / "before.json").read_text(encoding="utf-8"))

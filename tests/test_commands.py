@@ -14,7 +14,22 @@ import evaluate
 import train
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--preset", "laptop", "--batch", "4", "--group", "2", "--turns", "2", "--max-new-tokens", "8", "--steps", "2"]
+TINY = [
+    "--preset",
+    "laptop",
+    "--batch",
+    "4",
+    "--group",
+    "2",
+    "--turns",
+    "2",
+    "--max-new-tokens",
+    "8",
+    "--steps",
+    "2",
+    "--lr-end",
+    "1",
+]
 
 
 def run(folder, out, *flags):
