@@ -2,6 +2,7 @@
 
     python bench.py simulator     32 prompted users on a server with 200 ms per call: all at once against one by one
     python bench.py update        think mode, 8 turns: turns merged into a tree against every turn by itself
+    python bench.py trl           a GRPO step of one turn against TRL's GRPOTrainer (needs `pip install trl`)
 
 Ratios come from one run on one machine; absolute seconds differ between machines.
 """
@@ -90,7 +91,78 @@ def update(dialogues: int = 4, turns: int = 8, message: int = 35, thinking: int 
     store("update", figures)
 
 
-BENCHMARKS = {"simulator": simulator, "update": update}
+def trl(profiles: int = 3, group: int = 8, new_tokens: int = 24, steps: int = 4) -> None:
+    """Seconds of a GRPO step of SmolLM2: same prompts, group size, tokens per completion, KL and trained weights. Float32,
+    one turn, because that is what TRL's trainer does; the first step of each is left out as warm-up."""
+    from types import SimpleNamespace
+
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    import grpo
+    from policy import SMOLLM2, Chat, Policy, frozen_copy, load_model, model_folder
+    from rollout import instructions, make_batch, rollout
+    from simulator import Protocol, RulesSimulator, load_profiles
+
+    people = load_profiles(ROOT / "data" / "train_profiles.jsonl")[:profiles]
+    system, examples = instructions(False, 8)
+    count = profiles * group
+    settings = dict(lr=1e-6, temperature=0.7, kl=0.05)
+
+    model, tokenizer = load_model(SMOLLM2)
+    chat = Chat(tokenizer, system, examples)
+    chat.stop_ids = []  # every completion has all its tokens, there as here
+    policy, reference = Policy(model, settings["temperature"]), Policy(frozen_copy(model), settings["temperature"])
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=settings["lr"])
+    args = SimpleNamespace(epochs=1, micro_tokens=10**6, clip=0.2, kl=settings["kl"], entropy=0.0, max_grad_norm=1.0)
+    ours = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        dialogues = rollout(
+            model, chat, RulesSimulator(), [p for p in people for _ in range(group)], list(range(count)),
+            Protocol(30, 1), max_new_tokens=new_tokens, temperature=settings["temperature"],
+        )  # fmt: skip
+        batch = make_batch(dialogues, "terminal")
+        advantages_N, _ = grpo.group_advantages(batch, group, per_turn=False)
+        grpo.update(policy, reference, optimizer, batch, advantages_N, args)
+        ours.append(time.perf_counter() - start)
+    tokens = len(batch)
+    del model, policy, reference, optimizer
+
+    clock, theirs = [0.0], []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            clock[0] = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            theirs.append(time.perf_counter() - clock[0])
+
+    turns = [{"role": "system", "content": system}]
+    for message, reply in examples:
+        turns += [{"role": "user", "content": message}, {"role": "assistant", "content": reply}]
+    prompts = [{"prompt": [*turns, {"role": "user", "content": person.first_talk}]} for person in people]
+    trainer = GRPOTrainer(
+        model=str(model_folder(SMOLLM2)),
+        reward_funcs=lambda completions, **_: [float(len(set(c[0]["content"].split()))) for c in completions],
+        args=GRPOConfig(
+            output_dir="/tmp/bench_trl", per_device_train_batch_size=count, num_generations=group, max_steps=steps,
+            max_completion_length=new_tokens, generation_kwargs={"min_new_tokens": new_tokens}, beta=settings["kl"],
+            temperature=settings["temperature"], learning_rate=settings["lr"], use_cpu=True, bf16=False,
+            gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no",
+            model_init_kwargs={"dtype": "float32"},
+        ),
+        train_dataset=Dataset.from_list(prompts * steps),
+        callbacks=[Clock()],
+    )  # fmt: skip
+    trainer.train()
+    figures = {"dialogues": count, "group": group, "sampled_tokens": tokens}
+    figures |= {"seconds_ours": sum(ours[1:]) / (steps - 1), "seconds_trl": sum(theirs[1:]) / (steps - 1)}
+    store("trl", figures | {"ratio": figures["seconds_trl"] / figures["seconds_ours"]})
+
+
+BENCHMARKS = {"simulator": simulator, "update": update, "trl": trl}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

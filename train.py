@@ -44,7 +44,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import grpo
 import ppo
@@ -58,13 +58,14 @@ from policy import (
     ModelError,
     Policy,
     add_lora,
+    checkpoint_activations,
     compute_dtype,
     copy_weights,
     frozen_copy,
     global_sum,
+    load_config,
     load_model,
     merge_lora,
-    model_folder,
     save_model,
     shard,
     train_upper_layers,
@@ -342,7 +343,7 @@ def memory_plan(args, gpus: int) -> dict[str, float]:
     Weights, gradients and Adam's two moments are float32 and sharded; the sampler is whole and in bf16. Rollout and update
     never overlap, so the peak is what stays plus the larger of the two.
     """
-    config = AutoConfig.from_pretrained(model_folder(args.model))
+    config = load_config(args.model)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     if not args.lora:
@@ -387,7 +388,7 @@ def memory_plan(args, gpus: int) -> dict[str, float]:
         if args.algo == "ppo"
         else 0,
         "reference": 4 * count(model) / ranks if args.kl > 0 and not args.lora else 0,
-        "sampler": width * count(model) if ranks > 1 or (gpus and not args.lora) else 0,
+        "sampler": width * count(model) if ranks > 1 or args.checkpointing or (gpus and not args.lora) else 0,
         "simulator": width * count(model) if args.simulator == "self" else 0,
         "process": 0.7e9 if gpus == 0 else 1.0e9,
         "rollout: KV cache": 2 * layers * key_width * width * rows * capacity,
@@ -472,11 +473,13 @@ def train(args) -> None:
     device = accelerator.device.type
     dtype = compute_dtype(device)
 
+    check_memory(memory_plan(args, ranks if device == "cuda" else 0), args.gpu_memory)
+
     # The models. Generation wants whole weights in the compute dtype: a copy, unless the policy itself is just that.
     # Weights that are trained are float32; under adapters they are not.
     model, tokenizer = load_model(args.model, device, dtype if args.lora else torch.float32)
     chat = Chat(tokenizer, *instructions(args.think, args.examples))
-    copied = ranks > 1 or (dtype != torch.float32 and not args.lora)
+    copied = ranks > 1 or args.checkpointing or (dtype != torch.float32 and not args.lora)
     simulator = make_simulator(
         args, LocalLLM(frozen_copy(model).to(dtype), tokenizer, dtype) if args.simulator == "self" else None
     )
@@ -488,8 +491,7 @@ def train(args) -> None:
         train_upper_layers(model, args.train_layers)
     sampler = frozen_copy(model).to(dtype) if copied else model
     if args.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
+        checkpoint_activations(model)
     policy = Policy(model, args.temperature, dtype)
     if args.lora and args.kl > 0:
         reference = BaseOfLora(policy, adapters)

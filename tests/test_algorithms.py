@@ -12,6 +12,7 @@ import ppo
 from policy import (
     Critic,
     Policy,
+    checkpoint_activations,
     common_prefix,
     frozen_copy,
     micro_batches,
@@ -111,13 +112,14 @@ def test_merged_think_turns_have_the_log_probs_and_gradients_of_single_sequences
     assert len(batch.trees) == 3 and sum(map(len, batch.trees)) < 0.6 * sum(map(len, batch.sequences))
 
 
-def test_activation_checkpointing_changes_no_gradient():
+def test_activation_checkpointing_changes_no_gradient_and_leaves_dropout_off():
     batch, gradients = thinking(), []
     for checkpointing in (False, True):
         model = tiny_model()
+        for layer in model.base_model.layers:
+            layer.self_attn.attention_dropout = 0.9  # off outside training mode
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.train()
+            checkpoint_activations(model)
         fast_log_probs(model, batch, 90).sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     for a, b in zip(*gradients):
@@ -281,6 +283,20 @@ def test_grpo_update_equals_the_formula():
     updated, _, _ = run_update("grpo", 64)
     for before, gradient, after in zip(model.parameters(), gradients, updated.parameters()):
         assert torch.allclose(before - 1e-2 * gradient, after, atol=1e-5)
+
+
+def test_logits_in_parts_change_nothing(monkeypatch):
+    import policy
+
+    results = []
+    for at_once in (10_000, 3):
+        monkeypatch.setattr(policy, "LOGITS_AT_ONCE", at_once)
+        model, batch = tiny_model(), ragged()
+        log_probs, entropy, _ = Policy(model, 0.8)(batch, [0, 1, 2, 3])
+        (log_probs + entropy).sum().backward()
+        results.append([log_probs, entropy, *(p.grad for p in model.parameters())])
+    for a, b in zip(*results):
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_log_softmax_is_float32_and_the_value_head_starts_at_zero(model):

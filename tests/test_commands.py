@@ -89,6 +89,17 @@ def test_same_seed_same_run_and_resume_equals_uninterrupted(tiny_folder, tmp_pat
     assert metrics_of(tmp_path / "d") == metrics_of(tmp_path / "a")
 
 
+def test_the_best_model_on_held_back_profiles_is_kept_and_ends_the_run(tiny_folder, tmp_path, capsys):
+    """A learning rate that wrecks the model: no later score beats the first, and the run stops by itself."""
+    out = tmp_path / "out"
+    flags = ["--steps", 9, "--lr", 5, "--entropy", 0.1, "--eval-every", 1, "--patience", 2, "--checkpointing"]
+    assert run(tiny_folder, out, "--no-eval", *flags) == 0
+    score, step = json.loads((out / "best.json").read_text())
+    assert len(metrics_of(out)) == step + 2 < 9 and score >= 0
+    AutoModelForCausalLM.from_pretrained(out / "best")
+    assert json.loads((out / "config.json").read_text())["eval_every"] == 1
+
+
 @pytest.mark.parametrize(
     "flags, named",
     [
@@ -101,6 +112,10 @@ def test_same_seed_same_run_and_resume_equals_uninterrupted(tiny_folder, tmp_pat
         (["--algo", "sarsa"], "--algo"),
         (["--resume"], "--resume: no checkpoint"),
         (["--out", "/proc/rlver"], "/proc/rlver"),
+        (["--eval-every", "0"], "--eval-every must be at least 1"),
+        (["--gpu-memory", "0.001"], "needs about 1 GB of 0 GB per device"),
+        (["--simulator", "elsewhere"], "--simulator elsewhere: must be rules, self or a URL"),
+        (["--simulator", "http://localhost:1/v1"], "--simulator-model must name the model"),
     ],
 )
 def test_errors_are_one_line_with_status_2(tiny_folder, tmp_path, capsys, flags, named):
