@@ -5,18 +5,24 @@
     python evaluate.py --transcripts FILE...              score existing dialogues, the public SAGE ones included
     python evaluate.py --verify out/transcripts.jsonl     re-derive every emotion and reward of a run
 
-success: final emotion >= 100. failure: final emotion < 10. The standard error is over profiles.
+    python evaluate.py --rerun result.json                repeat an evaluation from what its result says
+
+success: final emotion >= 100. failure: final emotion < 10. With several seeds a profile's score is the mean over them; the
+standard error is over profiles. Everything that defines a score is in the result.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import sys
 from pathlib import Path
 
 import torch
+import transformers
 from tqdm import tqdm
 
+import simulator
 from policy import Chat, ModelError, compute_dtype, load_model
 from rollout import LocalLLM, instructions, rollout
 from simulator import SAGE, ProfileError, add_simulator_flags, load_profiles, make_simulator, replay
@@ -41,16 +47,15 @@ def summarize(transcripts: list[dict]) -> dict:
     if not transcripts:
         raise ValueError(f"all {dropped} dialogues were dropped: the simulated user broke down every time")
     emotions = [transcript["emo_point"] for transcript in transcripts]
-    score, error = mean_and_error(emotions)
+    score, error = mean_and_error(list(score_of_profile(transcripts).values()))
     replies = [m for t in transcripts for m in t["history"] if m["role"] == "assistant"]
 
     def by(field):
         groups = {}
         for transcript in transcripts:
-            groups.setdefault(transcript[field], []).append(transcript["emo_point"])
-        return {
-            name: [len(group), *(round(x, 2) for x in mean_and_error(group))] for name, group in sorted(groups.items())
-        }
+            groups.setdefault(transcript[field], []).append(transcript)
+        scores = {name: list(score_of_profile(group).values()) for name, group in sorted(groups.items())}
+        return {name: [len(group), *(round(x, 2) for x in mean_and_error(group))] for name, group in scores.items()}
 
     return {
         "dialogues": len(transcripts),
@@ -66,12 +71,56 @@ def summarize(transcripts: list[dict]) -> dict:
     }
 
 
+def score_of_profile(transcripts: list[dict]) -> dict[str, float]:
+    """Mean final emotion per profile, over its seeds; dropped dialogues do not count."""
+    emotions = {}
+    for transcript in transcripts:
+        if not transcript.get("dropped"):
+            emotions.setdefault(transcript["id"], []).append(transcript["emo_point"])
+    return {name: sum(values) / len(values) for name, values in emotions.items()}
+
+
 def compare(transcripts: list[dict], others: list[dict]) -> dict:
-    """Difference of two runs paired by profile, with its standard error."""
-    other_of = {t["id"]: t["emo_point"] for t in others if not t.get("dropped")}
-    pairs = [t["emo_point"] - other_of[t["id"]] for t in transcripts if t["id"] in other_of and not t.get("dropped")]
+    """Difference of two runs paired by profile, with its standard error and 95 % confidence interval (+- 1.96 of them)."""
+    ours, theirs = score_of_profile(transcripts), score_of_profile(others)
+    pairs = [ours[name] - theirs[name] for name in ours if name in theirs]
     difference, error = mean_and_error(pairs)
-    return {"pairs": len(pairs), "difference": round(difference, 2), "standard_error": round(error, 2)}
+    interval = [round(difference - 1.96 * error, 2), round(difference + 1.96 * error, 2)]
+    return {
+        "pairs": len(pairs),
+        "difference": round(difference, 2),
+        "standard_error": round(error, 2),
+        "interval": interval,
+    }
+
+
+def verdict(name: str, other: str, comparison: dict) -> str:
+    """The plain sentence, and only where the interval holds it."""
+    low, high = comparison["interval"]
+    found = f"(95 % interval of the difference {low:+.1f} to {high:+.1f}, {comparison['pairs']} profiles)"
+    if low > 0:
+        return f"{name} is better than {other} {found}"
+    return (
+        f"{name} is worse than {other} {found}"
+        if high < 0
+        else f"no difference between {name} and {other} is shown {found}"
+    )
+
+
+def file_hash(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def definition(args) -> dict:
+    """What defines a score, beside the flags: the environment's code with its rules and prompts, profiles, versions."""
+    return {
+        "environment_hash": file_hash(simulator.__file__),
+        "profiles_hash": file_hash(args.profiles),
+        "start": SAGE.start,
+        "turns": SAGE.turns,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def evaluate(model, chat, simulator, profiles, seeds, *, think, max_new_tokens, temperature=0.0, dtype=torch.float32):
@@ -188,8 +237,10 @@ def main(argv=None) -> int:
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy; the laptop preset trains at 0.7")
     parser.add_argument("--max-new-tokens", type=int, default=24, help="per reply, thinking included")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="hold every dialogue with this many seeds, from --seed on")
     parser.add_argument("--show", type=int, default=3, help="print this many dialogues in full")
     parser.add_argument("--transcripts", nargs="+", metavar="FILE", help="score these dialogues instead of a model")
+    parser.add_argument("--rerun", metavar="FILE", help="repeat the evaluation that wrote this result")
     parser.add_argument("--verify", metavar="FILE", help="check that a run's transcripts add up; exit status 1 if not")
     parser.add_argument("--out", default="result.json", help="where the result goes")
     args = parser.parse_args(argv)
@@ -201,51 +252,57 @@ def main(argv=None) -> int:
 
 
 def _run(args) -> int:
-    if args.max_new_tokens < 1 or args.temperature < 0:
-        raise ValueError("--max-new-tokens must be at least 1 and --temperature at least 0")
+    if args.rerun:
+        earlier = json.loads(Path(args.rerun).read_text(encoding="utf-8"))
+        args = argparse.Namespace(**(vars(args) | earlier["settings"]))
+        for key, value in definition(args).items():
+            if earlier["definition"][key] != value:
+                print(f"note: {key} was {earlier['definition'][key]} and is {value}: the scores may differ")
+    if args.max_new_tokens < 1 or args.seeds < 1 or args.temperature < 0:
+        raise ValueError("--max-new-tokens and --seeds must be at least 1 and --temperature at least 0")
     if args.verify:
         problems = verify(args.verify)
         print("\n".join(problems) or f"{args.verify}: every emotion and reward adds up")
         return 1 if problems else 0
-    dialogues = {}
     if args.transcripts:
         dialogues = {Path(path).stem: read_transcripts(path) for path in args.transcripts}
     else:
-        profiles = load_profiles(args.profiles, offline=args.simulator == "rules")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        for name in [args.model] + ([args.against] if args.against else []):
-            model, tokenizer = load_model(name, device)
-            chat = Chat(tokenizer, *instructions(args.think, args.examples))
-            local_llm = LocalLLM(model, tokenizer, compute_dtype(device)) if args.simulator == "self" else None
-            held = evaluate(
-                model,
-                chat,
-                make_simulator(args, local_llm, args.user == "adversarial"),
-                profiles,
-                [args.seed * 1_000_003 + i for i in range(len(profiles))],
-                think=args.think,
-                max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature,
-                dtype=compute_dtype(device),
-            )
-            dialogues[name] = [dialogue.transcript() for dialogue in held]
+        dialogues = {name: hold(args, name) for name in [args.model] + ([args.against] if args.against else [])}
     results = {name: summarize(transcripts) for name, transcripts in dialogues.items()}
     print_table(results)
     first = next(iter(results))
     print_groups(results[first])
     if args.against and not args.transcripts:
         results["difference"] = compare(dialogues[args.model], dialogues[args.against])
-        print(
-            "\n{} - {}: {difference:+.1f} +- {standard_error:.1f}".format(
-                args.model, args.against, **results["difference"]
-            )
-        )
+        print(f"\n{verdict(args.model, args.against, results['difference'])}")
     for transcript in dialogues[first][: args.show]:
         print_dialogue(transcript)
-    settings = {key: value for key, value in vars(args).items() if key != "out"}
-    write_json(Path(args.out), {"settings": settings, "results": results, "dialogues": dialogues})
+    settings = {key: value for key, value in vars(args).items() if key not in ("out", "rerun")}
+    result = {"settings": settings, "definition": definition(args), "results": results, "dialogues": dialogues}
+    write_json(Path(args.out), result)
     print(f"\nwritten: {args.out}")
     return 0
+
+
+def hold(args, name: str) -> list[dict]:
+    """Transcripts of a model's dialogues with every profile and seed."""
+    profiles = load_profiles(args.profiles, offline=args.simulator == "rules")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = compute_dtype(device)
+    model, tokenizer = load_model(name, device)
+    chat = Chat(tokenizer, *instructions(args.think, args.examples))
+    users = make_simulator(
+        args,
+        LocalLLM(model, tokenizer, dtype) if args.simulator == "self" else None,
+        args.user == "adversarial",
+    )
+    sampling = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, dtype=dtype)
+    transcripts = []
+    for seed in range(args.seed, args.seed + args.seeds):
+        seeds = [seed * 1_000_003 + i for i in range(len(profiles))]
+        held = evaluate(model, chat, users, profiles, seeds, think=args.think, **sampling)
+        transcripts += [dialogue.transcript() | {"seed": seed} for dialogue in held]
+    return transcripts
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ Presets
 
 Deliberate deviations from the paper, laptop preset only
     - `delta` rewards without discount over turns (gamma 0): each reply is credited with the emotion change that it caused
-      itself. With 14 steps there is no time to find out which of several replies earned a final emotion.
+      itself. With 18 steps there is no time to find out which of several replies earned a final emotion.
     - Sampling at temperature 0.7: at temperature 1 a 135M model writes noise. All log-probs are of that same policy.
 """
 
@@ -83,17 +83,17 @@ PRESETS = {
         examples=8,
         reward="delta",
         gamma=0.0,
-        steps=14,
+        steps=18,
         batch=24,
-        group=6,
-        turns=4,
+        group=8,
+        turns=3,
         max_new_tokens=24,
         temperature=0.7,
         lr=9e-5,
-        lr_end=0.2,
+        lr_end=0.5,
         critic_lr=1e-4,
         warmup=2,
-        kl=0.05,
+        kl=0.04,
         entropy=0.02,
         train_layers=22,
         checkpointing=False,

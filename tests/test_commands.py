@@ -147,15 +147,32 @@ def test_evaluate_writes_a_result_and_pairs_models(tiny_folder, tmp_path, few_pr
     flags = ["--model", str(tiny_folder), "--against", str(tiny_folder), "--profiles", str(few_profiles)]
     assert evaluate.main([*flags, "--max-new-tokens", "8", "--out", str(out), "--show", "1"]) == 0
     result = json.loads(out.read_text())
-    assert result["results"]["difference"] == {"pairs": 3, "difference": 0.0, "standard_error": 0.0}
+    assert result["results"]["difference"] == {
+        "pairs": 3, "difference": 0.0, "standard_error": 0.0, "interval": [0.0, 0.0],
+    }  # fmt: skip
     assert result["results"][str(tiny_folder)]["dialogues"] == 3
-    assert "per intention" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "per intention" in said and "no difference between" in said
+    again = tmp_path / "again.json"
+    assert evaluate.main(["--rerun", str(out), "--out", str(again)]) == 0
+    assert json.loads(again.read_text()) == result and "the scores may differ" not in capsys.readouterr().out
     assert evaluate.main(["--profiles", str(tmp_path / "absent"), "--out", str(out)]) == 2
 
 
 def test_standard_error():
     mean, error = evaluate.mean_and_error([10, 20, 30, 40])
     assert mean == 25 and error == pytest.approx((500 / 3 / 4) ** 0.5)
+
+
+def test_seeds_are_averaged_per_profile_and_only_a_real_difference_is_claimed():
+    rows = lambda *points: [{"id": str(i), "emo_point": p} for i, p in enumerate(points)]  # noqa: E731
+    two_seeds = rows(10, 20, 30, 40) + rows(20, 30, 40, 50)
+    assert evaluate.score_of_profile(two_seeds) == {"0": 15, "1": 25, "2": 35, "3": 45}
+    better = evaluate.compare(rows(30, 42, 50, 62), two_seeds)
+    assert better["difference"] == 16 and "A is better than B" in evaluate.verdict("A", "B", better)
+    noise = evaluate.compare(rows(40, 0, 60, 20), two_seeds)
+    assert "no difference" in evaluate.verdict("A", "B", noise)
+    assert "A is worse than B" in evaluate.verdict("A", "B", evaluate.compare(two_seeds, rows(30, 42, 50, 62)))
 
 
 def test_transcripts_are_scored_and_checked(tiny_folder, tmp_path, capsys):
