@@ -38,7 +38,7 @@ def simulator(dialogues: int = 32, delay: float = 0.2) -> None:
     profiles = load_profiles(ROOT / "data" / "train_profiles.jsonl")[:dialogues]
     seconds = {}
     with Stub(delay=delay) as stub:
-        for concurrency in (dialogues, 1):
+        for concurrency in (1, dialogues):
             users = PromptedSimulator(ServerLLM(stub.url, "stub", concurrency=concurrency))
             opened = [users.open(profile, SAGE.start).result() for profile in profiles]
             start = time.perf_counter()

@@ -22,10 +22,15 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import simulator
 from policy import Chat, ModelError, compute_dtype, load_model
 from rollout import LocalLLM, instructions, rollout
 from simulator import SAGE, ProfileError, add_simulator_flags, load_profiles, make_simulator, replay
+
+CODE = (
+    "simulator.py",
+    "rollout.py",
+    "policy.py",
+)  # the environment with its prompts, the policy's prompt, its sampling
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -114,10 +119,11 @@ def file_hash(path: str | Path) -> str:
 def definition(args) -> dict:
     """What defines a score, beside the flags: the environment's code with its rules and prompts, profiles, versions."""
     return {
-        "environment_hash": file_hash(simulator.__file__),
+        **{f"{file.stem}_hash": file_hash(file) for file in map(Path(__file__).with_name, CODE)},
         "profiles_hash": file_hash(args.profiles),
         "start": SAGE.start,
         "turns": SAGE.turns,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -150,7 +156,7 @@ def read_transcripts(path: str) -> list[dict]:
             points = [m["emotion-point"] for m in transcript["history"] if "emotion-point" in m]
             changes = [m["planning"]["change"] for m in transcript["history"] if "planning" in m]
             transcript["emo_point"] = int(transcript["emo_point"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{path}: line {number}: not a transcript ({error!r:.80})") from None
         if replay(points[0], changes) != points:
             raise ValueError(f"{path}: line {number}: the logged emotions do not follow from the logged changes")
@@ -184,7 +190,7 @@ def verify(path: str) -> list[str]:
             final = emotions[-1] if transcript.get("format_ok", True) else 0
             if int(transcript["emo_point"]) != final and not transcript.get("dropped"):
                 problems.append(f"{where}: the final emotion {transcript['emo_point']} should be {final}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: line {number}: not a transcript ({error!r:.80})") from None
     return problems
 
@@ -254,10 +260,14 @@ def main(argv=None) -> int:
 def _run(args) -> int:
     if args.rerun:
         earlier = json.loads(Path(args.rerun).read_text(encoding="utf-8"))
+        if "settings" not in earlier:
+            raise ValueError(f"--rerun {args.rerun}: not a result of evaluate.py")
         args = argparse.Namespace(**(vars(args) | earlier["settings"]))
         for key, value in definition(args).items():
-            if earlier["definition"][key] != value:
-                print(f"note: {key} was {earlier['definition'][key]} and is {value}: the scores may differ")
+            if earlier["definition"].get(key) != value:
+                print(f"note: {key} was {earlier['definition'].get(key)} and is {value}: the scores may differ")
+    if args.simulator == "self" and args.against:
+        raise ValueError("--simulator self: --against would be scored by another user; use rules or a URL")
     if args.max_new_tokens < 1 or args.seeds < 1 or args.temperature < 0:
         raise ValueError("--max-new-tokens and --seeds must be at least 1 and --temperature at least 0")
     if args.verify:
@@ -289,7 +299,7 @@ def hold(args, name: str) -> list[dict]:
     profiles = load_profiles(args.profiles, offline=args.simulator == "rules")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = compute_dtype(device)
-    model, tokenizer = load_model(name, device)
+    model, tokenizer = load_model(name, device, dtype)
     chat = Chat(tokenizer, *instructions(args.think, args.examples))
     users = make_simulator(
         args,

@@ -375,9 +375,10 @@ def sampled_hidden(model, batch, rows: list[int], dtype: torch.dtype):
     ids_B_T, positions_B_T, ends_B_T = ids_B_T.to(device), positions_B_T.to(device), ends_B_T.to(device)
     q_T = torch.arange(width, device=device)
     visible_B_T_T = (q_T[None, None, :] <= q_T[None, :, None]) & (q_T[None, :, None] < ends_B_T[:, None, :])
-    mask = torch.cat([visible_B_T_T.new_ones(len(rows), width, shared), visible_B_T_T], dim=2)[
-        :, None
-    ]  # (B, 1, T, P + T)
+    if shared:
+        visible_B_T_T = torch.cat(
+            [visible_B_T_T.new_ones(len(rows), width, shared), visible_B_T_T], dim=2
+        )  # (B, T, P + T)
     past = DynamicCache() if shared else None
     with autocast(device.type, dtype):
         if shared:
@@ -386,7 +387,7 @@ def sampled_hidden(model, batch, rows: list[int], dtype: torch.dtype):
             past.batch_repeat_interleave(len(rows))
         hidden_B_T_D = model.base_model(
             input_ids=ids_B_T,
-            attention_mask=mask,
+            attention_mask=visible_B_T_T[:, None],
             position_ids=positions_B_T,
             past_key_values=past,
             use_cache=shared > 0,
@@ -513,7 +514,8 @@ def copy_weights(policy: Policy, model) -> None:
     """Bring a rollout copy (whole, in the compute dtype, at stable addresses) up to date with the trained weights."""
     with torch.no_grad():
         for source, target in zip(policy.model.parameters(), model.parameters()):
-            target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
+            if source.requires_grad:
+                target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
 
 
 def clip_gradients(module, most: float) -> float:

@@ -11,7 +11,7 @@ Sections
 
 Deliberate deviations from the paper
     - With --think the prompt already opens the thinking ("<think>"), as in the templates of today's reasoning models.
-    - A reply that breaks the think format ends its dialogue with reward 0: there is nothing that the user could read.
+    - A reply that breaks the think format ends its dialogue at emotion 0: there is nothing that the user could read.
     - A turn cut by the token limit is closed with a stop token that is not trained on, and shown to the user as it is.
     - A dialogue that reaches the turn limit ends there: its emotion is the final one, nothing is bootstrapped.
 """
@@ -319,7 +319,7 @@ class LocalLLM:
                 except Exception as error:
                     future.set_exception(error)
             turns = []
-            for sections in {question[2] for _, _, question in asking}:
+            for sections in dict.fromkeys(question[2] for _, _, question in asking):
                 same = [turn for turn in asking if turn[2][2] == sections]
                 answers = self._fill([(system, text) for _, _, (system, text, _) in same], sections)
                 turns += [(steps, future, answer) for (steps, future, _), answer in zip(same, answers)]

@@ -22,17 +22,20 @@ Deliberate deviations from the paper
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import random
 import re
 import sys
+import threading
 import time
 import zlib
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Profiles
@@ -945,7 +948,6 @@ HEADINGS = {
     "Origin": "origin|draft|原始回复|初稿",
     "Response": "response|final response|回复|最终回复|回应",
 }
-GOODBYE = re.compile(r"\b(good ?bye|bye)\b|再见|拜拜", re.I)
 LONGEST_MESSAGE = 2000  # characters of a user's message
 
 
@@ -962,19 +964,32 @@ def split_sections(text: str) -> dict[str, str]:
 
     Of a heading that comes twice the last one counts. split_sections("**Change**：+5") -> {"Change": "+5"}
     """
-    for brace in re.finditer(r"\{", text):
+    opening = re.match(r"\s*(?:```\w*\s*)?(?=\{)", text)
+    if opening:  # JSON only where the answer starts with it: a quoted reply may hold some too
         try:
-            record = json.JSONDecoder().raw_decode(text, brace.start())[0]
-        except ValueError:
-            continue
-        keys = {key: re.compile(pattern, re.I) for key, pattern in HEADINGS.items()}
-        return {key: str(v) for name, v in record.items() for key, pattern in keys.items() if pattern.fullmatch(name)}
-    dress = r"[\s*_#>\-\[\]【】()（）「」\"'`]*"
+            record = json.JSONDecoder().raw_decode(text, opening.end())[0]
+        except (ValueError, RecursionError):
+            pass
+        else:
+            keys = {key: re.compile(pattern, re.I) for key, pattern in HEADINGS.items()}
+            return {
+                key: without_surrogates(str(value))
+                for name, value in record.items()
+                for key, pattern in keys.items()
+                if pattern.fullmatch(name)
+            }
+    before = r"[ \t\u3000*_#>\-\[\]【】()（）「」\"'`]*"
+    after = r"[\s*_#>\-\[\]【】()（）「」\"'`]{0,40}"
     names = "|".join(f"(?P<{key}>{pattern})" for key, pattern in HEADINGS.items())
-    heading = re.compile(rf"^{dress}(?:\d+[.)、]{dress})?(?:{names}){dress}[:：][\s*_`\[【(（]*", re.I | re.M)
+    heading = re.compile(rf"^{before}(?:\d+[.)、]{before})?(?:{names}){after}[:：][\s*_`\[【(（]*", re.I | re.M)
     found = list(heading.finditer(text))
     ends = [match.start() for match in found[1:]] + [len(text)]
     return {match.lastgroup: text[match.end() : end].strip(" \n\t*`") for match, end in zip(found, ends)}
+
+
+def without_surrogates(text: str) -> str:
+    """Half of a character pair, which JSON can spell but no file can hold, becomes a question mark."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def parse_appraisal(text: str) -> Appraisal:
@@ -992,7 +1007,7 @@ def parse_message(text: str) -> str:
     """The message in an LLM's answer; an answer without any heading is the message. Raises Malformed when empty."""
     sections = split_sections(text)
     message = sections.get("Response", "" if sections else text).strip().strip("\"'“”「」").strip()
-    if not message:
+    if not message or (not sections and message.startswith("{")):
         raise Malformed("the section 'Response' with the person's message is missing")
     if len(message) > LONGEST_MESSAGE:
         raise Malformed(f"the message has {len(message)} characters, at most {LONGEST_MESSAGE} are allowed")
@@ -1061,7 +1076,7 @@ class PromptedSimulator:
         user.emotion = emotion
         user.replies.append(reply)
         user.messages.append(message)
-        return Reaction(appraisal, emotion, message, says_goodbye(emotion) or bool(GOODBYE.search(message)))
+        return Reaction(appraisal, emotion, message, says_goodbye(emotion))
 
     def _rules(self, rules: str, which: int, user: User | None = None) -> str:
         behaviour = f"- {ADVERSARIAL[user.behaviour][0]}\n" if user and user.behaviour else ""
@@ -1072,7 +1087,8 @@ class PromptedSimulator:
         name = hashlib.sha256(json.dumps([self.llm.name, system, text]).encode()).hexdigest()
         path = self.cache / name[:2] / f"{name}.txt" if self.cache else None
         if path and path.is_file():
-            return parse(path.read_text(encoding="utf-8"))
+            with contextlib.suppress(Malformed):  # kept by other code: ask again
+                return parse(path.read_text(encoding="utf-8"))
         asked = text
         for _ in range(2):
             answer = yield system, asked, sections
@@ -1094,7 +1110,7 @@ class PromptedSimulator:
 class ServerLLM:
     """An OpenAI-compatible server. Every call is bounded in time, size and attempts; different dialogues run concurrently.
 
-    The key comes from RLVER_API_KEY or OPENAI_API_KEY and goes nowhere but into the request's header.
+    The key comes from RLVER_API_KEY, or for OpenAI itself OPENAI_API_KEY, and goes nowhere but into the request's header.
     """
 
     RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
@@ -1104,10 +1120,20 @@ class ServerLLM:
         self.timeout, self.attempts, self.longest_wait = timeout, attempts, longest_wait
         self.name = f"{self.url} {model} {temperature}"
         self.takes_schema = True  # until the server says otherwise
-        self.pool = ThreadPoolExecutor(concurrency, thread_name_prefix="user")
+        self.slots = threading.Semaphore(concurrency)
 
     def start(self, steps) -> Future:
-        return self.pool.submit(self._drive, steps)
+        future = Future()
+
+        def run():
+            with self.slots:
+                try:
+                    future.set_result(self._drive(steps))
+                except BaseException as error:
+                    future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()  # a daemon: the end of the program waits for no server
+        return future
 
     def work(self) -> None:
         pass  # the threads do
@@ -1148,7 +1174,7 @@ class ServerLLM:
             try:
                 status, headers, content = self._post(body)
                 if status == 200:
-                    return str(json.loads(content)["choices"][0]["message"]["content"] or "")
+                    return without_surrogates(json.loads(content)["choices"][0]["message"]["content"] or "")
                 reason = f"HTTP {status}"
                 if status in (400, 422) and with_schema:
                     self.takes_schema = False  # perhaps it was the schema: once more without
@@ -1157,10 +1183,10 @@ class ServerLLM:
                     break
                 if re.fullmatch(r"\d+(\.\d+)?", headers.get("Retry-After", "")):
                     wait = float(headers["Retry-After"])
-            except (ValueError, KeyError, IndexError, TypeError):
-                reason = "an answer that is no chat completion"
-            except OSError as error:  # requests' errors are OSErrors: refused, reset, timed out
+            except OSError as error:  # requests' errors are OSErrors: refused, reset, timed out, no such address
                 reason = type(error).__name__
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                reason = "an answer that is no chat completion"
             if attempt + 1 < self.attempts:
                 time.sleep(min(wait, self.longest_wait))
         raise UserBroken(f"{self.url}: {reason} (after {attempt + 1} attempts)")
@@ -1168,14 +1194,17 @@ class ServerLLM:
     def _post(self, body: dict, most_bytes: int = 2**18):
         import requests
 
-        key = os.environ.get("RLVER_API_KEY") or os.environ.get("OPENAI_API_KEY")
+        openai = (urlsplit(self.url).hostname or "").endswith("openai.com")
+        key = os.environ.get("RLVER_API_KEY") or (openai and os.environ.get("OPENAI_API_KEY"))
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         deadline = time.monotonic() + self.timeout
         with requests.post(
             f"{self.url}/chat/completions", json=body, headers=headers, timeout=self.timeout, stream=True
         ) as response:
             content = b""
-            for piece in response.iter_content(2**14):
+            while piece := response.raw.read1(
+                2**16, decode_content=True
+            ):  # what has come: a trickle meets the deadline too
                 content += piece
                 if len(content) > most_bytes:
                     raise ValueError("too long")
@@ -1207,6 +1236,8 @@ def make_simulator(args, local_llm=None, adversarial: bool = False):
         llm = local_llm
     elif not re.match(r"https?://", args.simulator):
         raise ValueError(f"--simulator {args.simulator}: must be rules, self or a URL such as http://localhost:8000/v1")
+    elif "@" in urlsplit(args.simulator).netloc:
+        raise ValueError("--simulator: put the key into RLVER_API_KEY, not into the URL")
     elif not args.simulator_model:
         raise ValueError(f"--simulator {args.simulator}: --simulator-model must name the model on that server")
     elif args.simulator_concurrency < 1:

@@ -30,12 +30,14 @@ import resource
 import shutil
 import sys
 import time
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -73,7 +75,6 @@ from policy import (
 from rollout import LocalLLM, instructions, make_batch, rollout
 from simulator import RLVER, ProfileError, Protocol, UserBroken, add_simulator_flags, load_profiles, make_simulator
 
-VALIDATION = 24  # training profiles held back with --eval-every
 MOST_DROPPED = 0.5  # share of a step's dialogues whose user may break down
 DATA = Path(__file__).parent / "data"
 PRESETS = {
@@ -163,7 +164,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--out", default="out", help="folder for metrics, curves, transcripts and the checkpoint")
     add("--save-every", type=int, default=10, help="steps between checkpoints")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--eval-every", type=int, help="steps between scores on 24 held-back training profiles; the best model is kept")
+    add(
+        "--eval-every",
+        type=int,
+        help="steps between scores on held-back training profiles, one per intention and character; the best model is kept",
+    )
     add("--patience", type=int, default=3, help="with --eval-every: scores without a new best before the run stops")
     add("--no-eval", action="store_true", help="skip the held-out score before and after")
     add("--plan", action="store_true", help="print the memory that a run needs, without loading weights, and stop")
@@ -171,6 +176,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--gpu-memory", type=float, help="for --plan: GB of each")
     add("--track", choices=("tensorboard", "wandb"), help="also log to this tracker")
     args = parser.parse_args(argv)
+    stored = Path(args.out) / "config.json"
+    if args.resume and stored.is_file():  # the run's own flags, unless they are given anew
+        skip = ("resume", "out", "plan", "gpus", "gpu_memory")
+        settings = json.loads(stored.read_text(encoding="utf-8"))
+        parser.set_defaults(**{name: value for name, value in settings.items() if name not in skip})
+        args = parser.parse_args(argv)
     here = torch.cuda.is_available()
     if args.gpus is None:
         args.gpus = int(os.environ.get("WORLD_SIZE", torch.cuda.device_count() if here and args.plan else here))
@@ -229,12 +240,21 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def keep_steps_before(path: Path, step: int) -> None:
-    """Drop what a killed run wrote after its last checkpoint."""
-    if path.exists():
-        draft = path.with_name(path.name + ".tmp")
-        draft.write_text("", encoding="utf-8")
-        append_jsonl(draft, [row for row in read_jsonl(path) if row["step"] < step])
-        draft.replace(path)
+    """Drop what a killed run wrote after its last checkpoint, a line that it only half wrote included."""
+    if not path.exists():
+        return
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if row["step"] < step:
+            rows.append(row)
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text("", encoding="utf-8")
+    append_jsonl(draft, rows)
+    draft.replace(path)
 
 
 def draw_curves(out: Path) -> None:
@@ -259,24 +279,28 @@ def draw_curves(out: Path) -> None:
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded, so that any number of ranks can go on
 
 
-def save_checkpoint(out: Path, step: int, tokenizer, modules, optimizers) -> None:
+def save_checkpoint(out: Path, step: int, models) -> None:
     """out/checkpoint for `from_pretrained`, out/trainer.pt for --resume; each whole or not at all, trainer.pt last.
 
-    `modules` are the policy and, with PPO, the critic. Every rank must call this; rank 0 writes."""
-    states = [get_model_state_dict(module, options=WHOLE) for module in modules]
-    optimizer_states = [get_optimizer_state_dict(m, o, options=WHOLE) for m, o in zip(modules, optimizers)]
+    Every rank must call this; rank 0 writes."""
+    states = [get_model_state_dict(module, options=WHOLE) for module in models.modules]
+    optimizer_states = [
+        get_optimizer_state_dict(module, optimizer, options=WHOLE)
+        for module, optimizer in zip(models.modules, models.optimizers)
+    ]
     if PartialState().is_main_process:
-        save_model(modules[0].model, tokenizer, out / "checkpoint", plain_weights(states[0]))
+        save_model(models.policy.model, models.tokenizer, out / "checkpoint", plain_weights(states[0]))
         torch.save({"step": step, "modules": states, "optimizers": optimizer_states}, out / "trainer.tmp.pt")
         (out / "trainer.tmp.pt").replace(out / "trainer.pt")
     PartialState().wait_for_everyone()
 
 
-def save_best(out: Path, tokenizer, policy) -> None:
+def save_best(out: Path, models) -> None:
     """out/best: the model with the best validation score so far. Every rank must call this."""
-    state = get_model_state_dict(policy, options=WHOLE)
+    state = get_model_state_dict(models.policy, options=WHOLE)
     if PartialState().is_main_process:
-        save_model(policy.model, tokenizer, out / "best", plain_weights(state))
+        save_model(models.policy.model, models.tokenizer, out / "best", plain_weights(state))
+    PartialState().wait_for_everyone()
 
 
 def plain_weights(state: dict) -> dict:
@@ -284,13 +308,14 @@ def plain_weights(state: dict) -> dict:
     return merge_lora({name.removeprefix("model."): value for name, value in state.items()})
 
 
-def load_checkpoint(out: Path, modules, optimizers) -> int:
-    """Put the state of out/trainer.pt into modules and optimizers, sharded or not; return the next step."""
+def load_checkpoint(out: Path, models) -> int:
+    """Put the state of out/trainer.pt into the models, sharded or not; return the next step."""
     state = torch.load(out / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
-    for module, weights in zip(modules, state["modules"]):
+    for module, weights in zip(models.modules, state["modules"], strict=True):
         set_model_state_dict(module, weights, options=WHOLE)
-    for module, optimizer, saved in zip(modules, optimizers, state["optimizers"]):
+    for module, optimizer, saved in zip(models.modules, models.optimizers, state["optimizers"]):
         set_optimizer_state_dict(module, optimizer, saved, options=WHOLE)
+    models.follow()
     return state["step"]
 
 
@@ -356,6 +381,7 @@ def memory_plan(args, gpus: int) -> dict[str, float]:
         return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
     ranks, width = max(1, gpus), 2 if gpus else 4  # bytes of a number in the compute dtype
+    base = width if args.lora and ranks == 1 else 4  # of a weight
     rows = args.batch // ranks
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     key_width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
@@ -370,10 +396,10 @@ def memory_plan(args, gpus: int) -> dict[str, float]:
         8 * config.hidden_size + 3 * key_width + 4 * config.intermediate_size
     )  # kept for a layer's backward pass
     layers = config.num_hidden_layers
-    kept_layers = layers if args.train_layers is None else min(layers, args.train_layers)
+    kept_layers = layers if args.lora or args.train_layers is None else min(layers, args.train_layers)
     per_token = per_token + layers * config.hidden_size if args.checkpointing else kept_layers * per_token
     activations = (
-        tokens * width * per_token + together * columns**2 + 2 * layers * key_width * width * together * shared
+        tokens * width * per_token + 4 * together * columns**2 + 2 * layers * key_width * width * together * shared
     )
     logits = (
         16 * min(sampled, LOGITS_AT_ONCE) * config.vocab_size
@@ -381,10 +407,10 @@ def memory_plan(args, gpus: int) -> dict[str, float]:
     ends = count(model) - count(model.base_model.layers)  # embedding, head, last norm
     gathered = width * (2 * count(model.base_model.layers) / layers + ends) if ranks > 1 else 0
     plan = {
-        "weights": (width if args.lora else 4) * count(model) / ranks,
+        "weights": base * count(model) / ranks,
         "gradients": 4 * count(model, True) / ranks,
         "optimizer": 8 * count(model, True) / ranks,
-        "critic": ((width if args.lora else 4) * count(model.base_model) + 12 * count(model.base_model, True)) / ranks
+        "critic": (base * count(model.base_model) + 12 * count(model.base_model, True)) / ranks
         if args.algo == "ppo"
         else 0,
         "reference": 4 * count(model) / ranks if args.kl > 0 and not args.lora else 0,
@@ -426,7 +452,7 @@ def print_plan(args) -> None:
         print(f"  {name:26}{size:8.1f}")
     if gpus:  # an H100's rate, at the share of it that such code reaches: 40 % of 990 Tflop/s, 60 % of 3.35 TB/s
         history = 40 + args.turns * (args.max_new_tokens + 45)
-        parameters = plan["weights"] * gpus * 1e9 / (2 if args.lora else 4)
+        parameters = plan["weights"] * gpus * 1e9 / (2 if args.lora and gpus == 1 else 4)
         passes = (8 if args.checkpointing else 6) * (2 if args.algo == "ppo" else 1) + 2 * (args.kl > 0)
         update = passes * parameters * args.batch * history / (gpus * 0.4 * 990e12)
         cache = plan["rollout: KV cache"] * 1e9 / 2
@@ -443,6 +469,57 @@ def print_plan(args) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Models:
+    """Everything with weights. `modules` and `optimizers` are the policy's and, with PPO, the critic's."""
+
+    tokenizer: object
+    policy: Policy
+    reference: Policy | BaseOfLora | None
+    critic: Critic | None
+    sampler: torch.nn.Module  # generates: whole weights in the compute dtype; a copy, unless the policy is just that
+    local_llm: LocalLLM | None  # plays the user with --simulator self
+    modules: list
+    optimizers: list
+
+    def follow(self) -> None:
+        """Give the sampler the policy's weights."""
+        if self.sampler is not self.policy.model:
+            copy_weights(self.policy, self.sampler)
+
+
+def load_models(args, device: str, dtype: torch.dtype, ranks: int) -> Models:
+    # Weights that are trained are float32; under adapters they are not. What will be sharded waits in the CPU's memory.
+    home = "cpu" if ranks > 1 else device
+    model, tokenizer = load_model(args.model, home, dtype if args.lora else torch.float32)
+    local_llm = None
+    if args.simulator == "self":
+        local_llm = LocalLLM(frozen_copy(model).to(device, dtype), tokenizer, dtype)
+    reference = None
+    if args.lora:
+        adapters = add_lora(model, args.lora)
+    else:
+        reference = Policy(frozen_copy(model), args.temperature, dtype) if args.kl > 0 else None
+        train_upper_layers(model, args.train_layers)
+    copied = ranks > 1 or args.checkpointing or (dtype != torch.float32 and not args.lora)
+    sampler = frozen_copy(model).to(device, dtype) if copied else model
+    if args.checkpointing:
+        checkpoint_activations(model)
+    policy = Policy(model, args.temperature, dtype)
+    critic = Critic(model, dtype) if args.algo == "ppo" else None
+    if ranks > 1:
+        for module in filter(None, (policy, critic, reference)):
+            shard(module, dtype)
+    if args.lora and args.kl > 0:
+        reference = BaseOfLora(policy, adapters)
+    modules = [module for module in (policy, critic) if module]
+    optimizers = [
+        torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+        for module, lr in zip(modules, (args.lr, args.critic_lr))
+    ]
+    return Models(tokenizer, policy, reference, critic, sampler, local_llm, modules, optimizers)
+
+
 def train(args) -> None:
     out = Path(args.out)
     offline = args.simulator == "rules"
@@ -450,70 +527,44 @@ def train(args) -> None:
     test_profiles = load_profiles(args.test_profiles, offline)
     validation_profiles = []
     if args.eval_every:
-        train_profiles, validation_profiles = train_profiles[:-VALIDATION], train_profiles[-VALIDATION:]
+        one_of_each = {(profile.task, profile.main_cha): profile for profile in train_profiles}
+        validation_profiles = list(one_of_each.values())
+        train_profiles = [profile for profile in train_profiles if profile not in validation_profiles]
         if not train_profiles:
             raise ValueError(
-                f"--eval-every holds back {VALIDATION} profiles: {args.train_profiles} needs more than that"
+                f"--eval-every holds back {len(validation_profiles)} profiles: too few in {args.train_profiles}"
             )
     make_simulator(args)  # a wrong flag ends the run before anything is written
     if not args.resume and (out / "metrics.jsonl").exists():
         raise ValueError(f"--out {out}: holds a run already; choose another folder or go on with --resume")
     if args.resume and not (out / "trainer.pt").exists():
         raise ValueError(f"--resume: no checkpoint in {out}")
-    out.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(log_with=args.track, project_dir=str(out), cpu=not torch.cuda.is_available())
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # ranks wait for slow users and for checkpoints
+    accelerator = Accelerator(
+        log_with=args.track,
+        project_dir=str(out),
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[patience],
+    )
     rank, ranks, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     if args.batch % (ranks * args.group):
-        raise ValueError(
-            f"--batch {args.batch} must be a multiple of {ranks} processes x {args.group} dialogues a group"
-        )
-    if args.track:
-        accelerator.init_trackers("rlver", config={k: v for k, v in vars(args).items() if v is not None})
+        raise ValueError(f"--batch {args.batch} must be a multiple of {ranks} processes x --group {args.group}")
     torch.manual_seed(args.seed)
     device = accelerator.device.type
     dtype = compute_dtype(device)
-
     check_memory(memory_plan(args, ranks if device == "cuda" else 0), args.gpu_memory)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.track:
+        accelerator.init_trackers("rlver", config={k: v for k, v in vars(args).items() if v is not None})
 
-    # The models. Generation wants whole weights in the compute dtype: a copy, unless the policy itself is just that.
-    # Weights that are trained are float32; under adapters they are not.
-    model, tokenizer = load_model(args.model, device, dtype if args.lora else torch.float32)
-    chat = Chat(tokenizer, *instructions(args.think, args.examples))
-    copied = ranks > 1 or args.checkpointing or (dtype != torch.float32 and not args.lora)
-    simulator = make_simulator(
-        args, LocalLLM(frozen_copy(model).to(dtype), tokenizer, dtype) if args.simulator == "self" else None
-    )
-    if args.lora:
-        adapters = add_lora(model, args.lora)
-        reference = None
-    else:
-        reference = Policy(frozen_copy(model), args.temperature, dtype) if args.kl > 0 else None
-        train_upper_layers(model, args.train_layers)
-    sampler = frozen_copy(model).to(dtype) if copied else model
-    if args.checkpointing:
-        checkpoint_activations(model)
-    policy = Policy(model, args.temperature, dtype)
-    if args.lora and args.kl > 0:
-        reference = BaseOfLora(policy, adapters)
-    critic = Critic(model, dtype) if args.algo == "ppo" else None
-    if ranks > 1:
-        for module in filter(None, (policy, critic, None if args.lora else reference)):
-            shard(module, dtype)
-    modules, rates = [policy], [args.lr]
-    if critic:
-        modules, rates = [policy, critic], [args.lr, args.critic_lr]
-    optimizers = [
-        torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
-        for module, lr in zip(modules, rates)
-    ]
-    first_step = load_checkpoint(out, modules, optimizers) if args.resume else 0
-    if copied:
-        copy_weights(policy, sampler)
+    models = load_models(args, device, dtype, ranks)
+    chat = Chat(models.tokenizer, *instructions(args.think, args.examples))
+    simulator = make_simulator(args, models.local_llm)
+    first_step = load_checkpoint(out, models) if args.resume else 0
     if main_process:
-        if args.resume:
-            for name in ("metrics.jsonl", "transcripts.jsonl"):
-                keep_steps_before(out / name, first_step)
-        else:
+        for name in ("metrics.jsonl", "transcripts.jsonl"):
+            keep_steps_before(out / name, first_step)
+        if not args.resume:
             write_json(out / "config.json", vars(args))
         where = f"{ranks} x {device}" if ranks > 1 else device
         print(
@@ -523,30 +574,29 @@ def train(args) -> None:
     # Held-out dialogues are sampled as in training, because that is the policy that was trained.
     sampling = dict(think=args.think, max_new_tokens=args.max_new_tokens, temperature=args.temperature, dtype=dtype)
 
-    def held_out(model, profiles):
+    def held_out(sampler, profiles) -> list[dict]:
         mine = range(rank, len(profiles), ranks)
-        held = evaluate(
-            model, chat, simulator, [profiles[i] for i in mine], [seed_of(args, -1, i) for i in mine], **sampling
-        )
+        seeds = [seed_of(args, -1, i) for i in mine]
+        held = evaluate(sampler, chat, simulator, [profiles[i] for i in mine], seeds, **sampling)
         rows = gather_object([(i, dialogue.transcript()) for i, dialogue in zip(mine, held)])
         return [transcript for _, transcript in sorted(rows, key=lambda row: row[0])]
 
     if not args.no_eval and first_step == 0:
-        before = held_out(sampler, test_profiles)
+        before = held_out(models.sampler, test_profiles)
         if main_process:
             write_json(out / "before.json", before)
             print_score("held-out score before", before)
 
     best = out / "best.json"  # [validation score, step] of out/best
+    share = args.batch // ranks  # whole groups: an advantage needs no other rank
+    mine = range(rank * share, (rank + 1) * share)
     steps = range(first_step, args.steps)
     for step in tqdm(steps, "training", initial=first_step, total=args.steps, unit="step", disable=not main_process):
         clock = [time.perf_counter()]
-        share = args.batch // ranks  # whole groups: an advantage needs no other rank
-        mine = range(rank * share, (rank + 1) * share)
         profiles = draw_profiles(train_profiles, step, args.batch // args.group, args.seed)
         with tqdm(total=share, desc="dialogues", unit="dialogue", leave=False, disable=not main_process) as bar:
             dialogues = rollout(
-                sampler,
+                models.sampler,
                 chat,
                 simulator,
                 [profiles[i // args.group] for i in mine],
@@ -556,21 +606,18 @@ def train(args) -> None:
                 **sampling,
             )
         all_dialogues = gather_object(dialogues)
-        dropped = [dialogue.dropped for dialogue in all_dialogues if dialogue.dropped]
         if main_process:
             rows = [{"step": step} | dialogue.transcript() for dialogue in all_dialogues]
             append_jsonl(out / "transcripts.jsonl", rows)
-        if len(dropped) > MOST_DROPPED * args.batch:
+        if problem := broken_users(all_dialogues, share):
             if step > first_step:
-                save_checkpoint(out, step, tokenizer, modules, optimizers)
-            raise UserBroken(
-                f"step {step}: {len(dropped)} of {args.batch} simulated users broke down, most recently: {dropped[-1]}; "
-                "mend the simulator and go on with --resume"
-            )
+                save_checkpoint(out, step, models)
+            again = "go on with --resume" if (out / "trainer.pt").exists() else "start again"
+            raise UserBroken(f"step {step}: {problem}; mend the simulator and {again}")
         batch = make_batch(dialogues, args.reward)
         clock.append(time.perf_counter())
 
-        for optimizer, lr in zip(optimizers, rates):
+        for optimizer, lr in zip(models.optimizers, (args.lr, args.critic_lr)):
             for group in optimizer.param_groups:
                 warm = min(1.0, (step + 1) / max(1, args.warmup))
                 group["lr"] = lr * warm * (1 - (1 - args.lr_end) * step / args.steps)
@@ -578,12 +625,11 @@ def train(args) -> None:
             advantages_N, flat_groups = grpo.group_advantages(
                 batch, args.group, per_turn=args.reward != "terminal", gamma=args.gamma, std=not args.no_std
             )
-            metrics = grpo.update(policy, reference, *optimizers, batch, advantages_N, args)
+            metrics = grpo.update(models.policy, models.reference, *models.optimizers, batch, advantages_N, args)
             (metrics["zero_variance_groups"],) = global_sum([flat_groups], device)
         else:
-            metrics = ppo.update(policy, reference, critic, *optimizers, batch, args)
-        if copied:
-            copy_weights(policy, sampler)
+            metrics = ppo.update(models.policy, models.reference, models.critic, *models.optimizers, batch, args)
+        models.follow()
         clock.append(time.perf_counter())
 
         (tokens,) = global_sum([len(batch)], device)
@@ -603,38 +649,52 @@ def train(args) -> None:
                 f"entropy {metrics['entropy']:.2f}"
             )
         accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=step)
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save_checkpoint(out, step + 1, tokenizer, modules, optimizers)
+        stop = False
         if args.eval_every and (step + 1) % args.eval_every == 0:
-            score = summarize(held_out(sampler, validation_profiles))["score"]
+            score = summarize(held_out(models.sampler, validation_profiles))["score"]
             best_score, best_step = json.loads(best.read_text()) if best.exists() else (-1.0, 0)
+            accelerator.wait_for_everyone()  # every rank has read it
             if score > best_score:
-                save_best(out, tokenizer, policy)
+                save_best(out, models)
                 if main_process:
                     write_json(best, [score, step + 1])
             if main_process:
                 tqdm.write(f"step {step:3d}  validation score {score:.1f}, best before {best_score:.1f}")
-            accelerator.wait_for_everyone()
-            if score <= best_score and step + 1 - best_step >= args.patience * args.eval_every:
-                save_checkpoint(out, step + 1, tokenizer, modules, optimizers)
-                break
+            stop = score <= best_score and step + 1 - best_step >= args.patience * args.eval_every
+        if stop or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            save_checkpoint(out, step + 1, models)
+        if stop:
+            break
 
     if not args.no_eval:
-        if best.exists():
-            sampler = load_model(str(out / "best"), device, dtype)[0]
+        sampler = load_model(str(out / "best"), device, dtype)[0] if best.exists() else models.sampler
         after = held_out(sampler, test_profiles)
-        if main_process:
-            write_json(out / "after.json", after)
-            before = json.loads((out / "before.json").read_text(encoding="utf-8"))
-            for transcript in after[:3]:
-                print_dialogue(transcript)
-            print()
-            print_score("held-out score before", before)
-            print_score("held-out score after ", after)
-            paired = compare(after, before)
-            print(f"difference, paired by profile: {paired['difference']:+.1f} +- {paired['standard_error']:.1f}")
-            write_json(out / "result.json", {"before": summarize(before), "after": summarize(after), "paired": paired})
+        if main_process and (out / "before.json").exists():
+            report(out, json.loads((out / "before.json").read_text(encoding="utf-8")), after)
     accelerator.end_training()
+
+
+def broken_users(dialogues, share: int) -> str:
+    """What is wrong when too many dialogues were dropped, or all of one rank's `share`; otherwise nothing."""
+    dropped = [dialogue.dropped for dialogue in dialogues]
+    reasons = [reason for reason in dropped if reason]
+    one_rank_has_none = any(all(dropped[first : first + share]) for first in range(0, len(dropped), share))
+    if len(reasons) > MOST_DROPPED * len(dropped) or one_rank_has_none:
+        return f"{len(reasons)} of {len(dropped)} simulated users broke down, most recently: {reasons[-1]}"
+    return ""
+
+
+def report(out: Path, before: list[dict], after: list[dict]) -> None:
+    """Print and store what training has changed for the held-out users."""
+    write_json(out / "after.json", after)
+    for transcript in after[:3]:
+        print_dialogue(transcript)
+    print()
+    print_score("held-out score before", before)
+    print_score("held-out score after ", after)
+    paired = compare(after, before)
+    print(f"difference, paired by profile: {paired['difference']:+.1f} +- {paired['standard_error']:.1f}")
+    write_json(out / "result.json", {"before": summarize(before), "after": summarize(after), "paired": paired})
 
 
 def seed_of(args, step: int, dialogue: int) -> int:
@@ -656,8 +716,10 @@ def main(argv=None) -> int:
         if args.plan:
             print_plan(args)
             return 0
-        if shutil.disk_usage(Path(args.out).absolute().anchor).free < 2**30:
-            raise OSError("less than 1 GB of disk left")
+        out = Path(args.out).absolute()
+        folder = next(path for path in (out, *out.parents) if path.exists())
+        if shutil.disk_usage(folder).free < 2**30:
+            raise OSError(f"--out {args.out}: less than 1 GB of disk left")
         train(args)
     except (ProfileError, ModelError, ValueError, UserBroken, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)

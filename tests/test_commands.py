@@ -85,7 +85,12 @@ def test_same_seed_same_run_and_resume_equals_uninterrupted(tiny_folder, tmp_pat
     transcripts = [(tmp_path / name / "transcripts.jsonl").read_text() for name in "abc"]
     assert transcripts[0] == transcripts[1] != transcripts[2]
     assert run(tiny_folder, tmp_path / "d", "--no-eval", "--steps", 2) == 0
-    assert run(tiny_folder, tmp_path / "d", "--no-eval", "--steps", 3, "--resume") == 0
+    for name in ("metrics.jsonl", "transcripts.jsonl"):  # killed in the middle of a line
+        with (tmp_path / "d" / name).open("a") as file:
+            file.write('{"step": 2, "emo')
+    out = str(tmp_path / "d")  # the run's own flags need not be given again
+    assert train.main(["--out", out, "--steps", "3", "--resume"]) == 0
+    assert (tmp_path / "d" / "transcripts.jsonl").read_text() == transcripts[0]
     assert metrics_of(tmp_path / "d") == metrics_of(tmp_path / "a")
 
 

@@ -384,3 +384,60 @@ def test_sit_in_the_chair(monkeypatch, capsys):
     assert "vague" in out and "they wanted:" in out
     assert sim.main(["--number", "999"]) == 2
     assert sim.main(["--simulator", "nonsense"]) == 2
+
+
+# --- what a review found ----------------------------------------------------------------------------------------------
+
+
+def test_json_inside_the_reply_that_is_quoted_is_not_the_answer():
+    quoted = 'Content: they wrote {"Change": 10}\nTargetCompletion: no\nActivity: odd\nAnalyse: odd\nChange: -10'
+    assert sim.parse_appraisal(quoted).change == -10
+    with pytest.raises(Malformed):
+        sim.parse_message('{"message": "Hi"}')
+
+
+def test_odd_answers_are_malformed_and_quickly_so():
+    started = time.monotonic()
+    for odd in ('{"Content": ' + "[" * 5000, "\n" * 20_000, "Change" + " " * 100_000, "(" * 50_000 + "Change: "):
+        with pytest.raises(Malformed):
+            sim.parse_appraisal(odd)
+    assert time.monotonic() - started < 10
+    assert sim.parse_message('{"Response": "hm \\ud83d"}').encode("utf-8") == b"hm ?"
+
+
+def test_a_server_that_trickles_meets_the_deadline(profiles):
+    class Trickle:
+        status_code, headers = 200, {}
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+        @property
+        def raw(self):
+            return self
+
+        def read1(self, size, decode_content):
+            time.sleep(0.05)
+            return b" "
+
+    import requests
+
+    llm = ServerLLM("http://nowhere/v1", "m", attempts=1, timeout=0.3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(requests, "post", lambda *args, **settings: Trickle())
+        started = time.monotonic()
+        with pytest.raises(UserBroken, match="TimeoutError"):
+            PromptedSimulator(llm).submit(RulesSimulator().open(profiles[0], 40).result(), "Hm.").result()
+    assert time.monotonic() - started < 5
+
+
+def test_keys_stay_where_they_belong(monkeypatch, capsys):
+    assert sim.main(["--simulator", "http://me:secret@host/v1", "--simulator-model", "m"]) == 2
+    assert "secret" not in capsys.readouterr().err
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
+    with Stub() as stub:
+        server(stub).answer("s", "t", sim.RESPOND_SECTIONS)
+    assert "Authorization" not in stub.headers[0], "OpenAI's key is for OpenAI"
