@@ -94,7 +94,10 @@ PRESETS = {
         lr_end=0.5,
         critic_lr=1e-4,
         warmup=2,
-        kl=0.04,
+        kl={
+            "grpo": 0.04,
+            "ppo": 0.001,
+        },  # in PPO's reward a point of emotion is 0.01; GRPO's advantages have deviation 1
         entropy=0.02,
         train_layers=22,
         checkpointing=False,
@@ -191,7 +194,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.preset = args.preset or ("paper" if torch.cuda.is_available() else "laptop")
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, value[args.algo] if isinstance(value, dict) else value)
     if args.algo == "ppo":
         args.group = 1
     for name in (
