@@ -26,11 +26,8 @@ from policy import Chat, ModelError, compute_dtype, load_model
 from rollout import LocalLLM, instructions, rollout
 from simulator import SAGE, ProfileError, add_simulator_flags, load_profiles, make_simulator, replay
 
-CODE = (
-    "simulator.py",
-    "rollout.py",
-    "policy.py",
-)  # the environment with its prompts, the policy's prompt, its sampling
+# The environment with its prompts, the policy's prompt, its sampling.
+CODE = ("simulator.py", "rollout.py", "policy.py")
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:

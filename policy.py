@@ -376,9 +376,8 @@ def sampled_hidden(model, batch, rows: list[int], dtype: torch.dtype):
     q_T = torch.arange(width, device=device)
     visible_B_T_T = (q_T[None, None, :] <= q_T[None, :, None]) & (q_T[None, :, None] < ends_B_T[:, None, :])
     if shared:
-        visible_B_T_T = torch.cat(
-            [visible_B_T_T.new_ones(len(rows), width, shared), visible_B_T_T], dim=2
-        )  # (B, T, P + T)
+        prefix_B_T_P = visible_B_T_T.new_ones(len(rows), width, shared)  # everybody sees it
+        visible_B_T_T = torch.cat([prefix_B_T_P, visible_B_T_T], dim=2)  # (B, T, P + T)
     past = DynamicCache() if shared else None
     with autocast(device.type, dtype):
         if shared:

@@ -191,24 +191,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     if args.gpu_memory is None:
         total = torch.cuda.get_device_properties(0).total_memory if here else psutil.virtual_memory().total
         args.gpu_memory = total / 1e9
-    args.preset = args.preset or ("paper" if torch.cuda.is_available() else "laptop")
+    args.preset = args.preset or ("paper" if here else "laptop")
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value[args.algo] if isinstance(value, dict) else value)
     if args.algo == "ppo":
         args.group = 1
-    for name in (
-        "steps",
-        "batch",
-        "group",
-        "turns",
-        "max_new_tokens",
-        "epochs",
-        "micro_tokens",
-        "save_every",
-        "eval_every",
-        "patience",
-    ):
+    counts = "steps batch group turns max_new_tokens epochs micro_tokens save_every eval_every patience lora"
+    for name in counts.split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("lr", "critic_lr", "temperature", "clip", "value_clip", "max_grad_norm"):
@@ -221,8 +211,6 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error(f"--batch {args.batch} must be a multiple of --group {args.group}")
     if args.algo == "grpo" and args.group < 2:
         parser.error("--group must be at least 2: GRPO compares dialogues of one profile")
-    if args.lora is not None and args.lora < 1:
-        parser.error("--lora must be at least 1")
     if args.kl < 0 or args.entropy < 0 or args.warmup < 0:
         parser.error("--kl, --entropy and --warmup must not be negative")
     return args
@@ -395,18 +383,16 @@ def memory_plan(args, gpus: int) -> dict[str, float]:
     shared = 0 if args.checkpointing or ranks > 1 else head  # computed once for all of them
     tokens = shared + together * (columns - shared)
     sampled = together * args.turns * args.max_new_tokens
-    per_token = (
-        8 * config.hidden_size + 3 * key_width + 4 * config.intermediate_size
-    )  # kept for a layer's backward pass
+    # Numbers that a layer keeps of each token for its backward pass; with checkpointing one layer does, the others their input.
+    per_token = 8 * config.hidden_size + 3 * key_width + 4 * config.intermediate_size
     layers = config.num_hidden_layers
     kept_layers = layers if args.lora or args.train_layers is None else min(layers, args.train_layers)
     per_token = per_token + layers * config.hidden_size if args.checkpointing else kept_layers * per_token
     activations = (
         tokens * width * per_token + 4 * together * columns**2 + 2 * layers * key_width * width * together * shared
     )
-    logits = (
-        16 * min(sampled, LOGITS_AT_ONCE) * config.vocab_size
-    )  # float32: logits, log-probs, probabilities, gradient
+    # Float32, four times: logits, log-probs, probabilities, gradient.
+    logits = 16 * min(sampled, LOGITS_AT_ONCE) * config.vocab_size
     ends = count(model) - count(model.base_model.layers)  # embedding, head, last norm
     gathered = width * (2 * count(model.base_model.layers) / layers + ends) if ranks > 1 else 0
     plan = {

@@ -1,5 +1,6 @@
 """Tiny random models and a byte tokenizer made on the fly: no network, no downloads."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -50,6 +51,13 @@ def tiny_model(kind="llama", seed=0):
         max_position_embeddings=4096,
     )
     return model_class(config).eval()
+
+
+def metrics_of(out):
+    """Rows of a run's metrics.jsonl without what depends on the machine."""
+    timing = ("seconds", "tokens_per_second", "peak_memory")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not any(word in k for word in timing)} for row in rows]
 
 
 @pytest.fixture(scope="session")

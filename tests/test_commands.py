@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, metrics_of
 from transformers import AutoModelForCausalLM
 
 import evaluate
 import train
 
-ROOT = Path(__file__).parent.parent
 TINY = [
     "--preset",
     "laptop",
@@ -34,12 +34,6 @@ TINY = [
 
 def run(folder, out, *flags):
     return train.main([*TINY, "--model", str(folder), "--train-layers", "2", "--out", str(out), *map(str, flags)])
-
-
-def metrics_of(out):
-    timing = ("seconds", "tokens_per_second", "peak_memory")
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not any(word in k for word in timing)} for row in rows]
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Several processes: two gloo ranks train to the same parameters as one process; a killed run goes on as if it had not been."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, byte_tokenizer, tiny_model
+from conftest import ROOT, byte_tokenizer, metrics_of, tiny_model
 from stub import Stub
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -39,12 +38,6 @@ def run(*arguments, **settings):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command(*arguments, **settings), capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-def metrics_of(out):
-    timing = ("seconds", "tokens_per_second", "peak_memory")
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not any(word in k for word in timing)} for row in rows]
 
 
 def parameters_of(out):
