@@ -1,6 +1,7 @@
 """Benchmarks: `python bench.py NAME` prints its figures with their ratios and stores them in results/bench_NAME.json.
 
     python bench.py simulator     32 prompted users on a server with 200 ms per call: all at once against one by one
+    python bench.py rollout       24 dialogues of SmolLM2: the generator against `model.generate`; users who take their time
     python bench.py update        think mode, 8 turns: turns merged into a tree against every turn by itself
     python bench.py trl           a GRPO step of one turn against TRL's GRPOTrainer (needs `pip install trl`)
 
@@ -9,12 +10,19 @@ Ratios come from one run on one machine; absolute seconds differ between machine
 
 import argparse
 import json
+import multiprocessing
 import platform
+import random
+import resource
 import sys
+import threading
 import time
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+
+from simulator import Appraisal, Reaction, User
 
 ROOT = Path(__file__).parent
 
@@ -48,6 +56,104 @@ def simulator(dialogues: int = 32, delay: float = 0.2) -> None:
     figures = {"dialogues": dialogues, "seconds_per_call": delay, "seconds_one_by_one": seconds[1]}
     figures |= {"seconds_at_once": seconds[dialogues], "ratio": seconds[1] / seconds[dialogues]}
     store("simulator", figures)
+
+
+class Talkers:
+    """Users who tell a fact a turn and never leave. Each answer takes up to `slowest` seconds, by profile and turn."""
+
+    def __init__(self, slowest: float = 0.0):
+        self.slowest, self.waited = slowest, {}
+
+    def open(self, profile, start):
+        future = Future()
+        future.set_result(User(profile, start, messages=[profile.first_talk]))
+        return future
+
+    def submit(self, user, reply):
+        future, turn = Future(), len(user.messages)
+        user.messages.append(user.profile.facts[(turn - 1) % len(user.profile.facts)])
+        reaction = Reaction(Appraisal(0), user.emotion, user.messages[-1], False)
+        seconds = random.Random(f"{user.profile.id} {turn}").uniform(0.2, 1.0) * self.slowest
+        self.waited[user.profile.id] = self.waited.get(user.profile.id, 0.0) + seconds
+        if seconds:
+            threading.Timer(seconds, future.set_result, [reaction]).start()
+        else:
+            future.set_result(reaction)
+        return future
+
+    def work(self):
+        pass
+
+
+def generate_anew(model, chat, talkers, people, turns, max_new_tokens, temperature) -> list[int]:
+    """The usual way: in lock-step, each turn's whole prompts padded on the left for `model.generate`; lengths of replies."""
+    users = [talkers.open(person, 40).result() for person in people]
+    prompts, lengths = [chat.opening(user.messages[0]) for user in users], []
+    for _ in range(turns):
+        width = max(map(len, prompts))
+        ids_B_T = torch.tensor([[chat.stop_id] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask_B_T = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        out_B_T = model.generate(
+            ids_B_T, attention_mask=mask_B_T, max_new_tokens=max_new_tokens, do_sample=True, temperature=temperature,
+            top_k=0, top_p=1.0, eos_token_id=chat.stop_ids, pad_token_id=chat.stop_id,
+        )  # fmt: skip
+        for k, row in enumerate(out_B_T[:, width:].tolist()):
+            row = row[: next((n + 1 for n, token in enumerate(row) if token in chat.stop_ids), len(row))]
+            lengths.append(len(row))
+            message = talkers.submit(users[k], "").result().message
+            prompts[k] += row + chat.between(message, row[-1] in chat.stop_ids)
+    return lengths
+
+
+def hold(way: str, dialogues: int, turns: int, slowest: float = 0.0) -> dict:
+    """Hold SmolLM2's dialogues in the laptop's setting. Useful tokens: those up to the stop token."""
+    from policy import SMOLLM2, Chat, compute_dtype, load_model
+    from rollout import instructions
+    from rollout import rollout as hold_dialogues
+    from simulator import Protocol, load_profiles
+
+    torch.manual_seed(0)
+    people = load_profiles(ROOT / "data" / "train_profiles.jsonl")[:dialogues]
+    dtype = compute_dtype("cpu")
+    model, tokenizer = load_model(SMOLLM2, "cpu", dtype)
+    chat, talkers = Chat(tokenizer, *instructions(False, 8)), Talkers(slowest)
+    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    start = time.perf_counter()
+    if way == "generate":
+        lengths = generate_anew(model, chat, talkers, people, turns, 32, 0.7)
+    else:
+        held = hold_dialogues(
+            model, chat, talkers, people, list(range(dialogues)), Protocol(40, turns), max_new_tokens=32, temperature=0.7,
+            dtype=dtype,
+        )  # fmt: skip
+        lengths = [len(turn.sampled_ids) for dialogue in held for turn in dialogue.turns]
+    seconds = time.perf_counter() - start
+    return {
+        "seconds": seconds,
+        "tokens": sum(lengths),
+        "tokens_per_second": sum(lengths) / seconds,
+        "longest_wait": max(talkers.waited.values()),
+        "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 - loaded,
+    }
+
+
+def rollout(dialogues: int = 24) -> None:
+    """Useful tokens per second, peak memory beside the model, and how far waiting users are hidden behind generation."""
+    figures = {"dialogues": dialogues}
+
+    def measure(name, *args):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:  # a peak of its own
+            found = process.submit(hold, *args).result()
+        figures.update({f"{name}_{key}": value for key, value in found.items()})
+        return found
+
+    for turns in (4, 8):
+        ours = measure(f"{turns}_turns_ours", "ours", dialogues, turns)
+        theirs = measure(f"{turns}_turns_generate", "generate", dialogues, turns)
+        figures[f"{turns}_turns_ratio"] = ours["tokens_per_second"] / theirs["tokens_per_second"]
+    slow = measure("slow_users", "ours", dialogues, 8, 1.0)
+    figures["slow_users_ratio"] = slow["seconds"] / max(figures["8_turns_ours_seconds"], slow["longest_wait"])
+    store("rollout", figures)
 
 
 def update(dialogues: int = 4, turns: int = 8, message: int = 35, thinking: int = 60, reply: int = 20) -> None:
@@ -162,7 +268,7 @@ def trl(profiles: int = 3, group: int = 8, new_tokens: int = 24, steps: int = 4)
     store("trl", figures | {"ratio": figures["seconds_trl"] / figures["seconds_ours"]})
 
 
-BENCHMARKS = {"simulator": simulator, "update": update, "trl": trl}
+BENCHMARKS = {"simulator": simulator, "rollout": rollout, "update": update, "trl": trl}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

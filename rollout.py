@@ -4,9 +4,9 @@
 
 Sections
     1. Dialogue      one conversation and its reward (RLVER, arXiv 2507.03112, section 2: final emotion / 100)
-    2. Generator     lock-step sampling over a KV cache that lives across turns: history is prefilled once
+    2. Generator     one slot of KV cache per dialogue: ragged, unpadded, history is prefilled once
     3. LocalLLM      the same generator plays the prompted user (--simulator self)
-    4. rollout()     policy and users take turns until every dialogue has ended
+    4. rollout()     continuous batching: every dialogue goes on as soon as its user has answered
     5. Batch         trained tokens as flat vectors, in dialogue order; padding exists only inside a forward pass
 
 Deliberate deviations from the paper
@@ -17,13 +17,19 @@ Deliberate deviations from the paper
 """
 
 import re
-from concurrent.futures import Future
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
 
-from policy import Chat, Tree, autocast, common_prefix, new_cache, prefix_tree
+from policy import Chat, Tree, autocast, common_prefix, prefix_tree
 from simulator import Profile, Protocol, Reaction, User, UserBroken, emotion_state
 
 SYSTEM = "You are a close friend who listens."
@@ -174,108 +180,163 @@ def split_thinking(text: str, think: bool) -> tuple[str, str, bool]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Generator:
-    """Samples for B rows in lock-step, once `open` has made the rows. Each row's history stays in the KV cache; a mask says
-    which columns are its own.
+class Slots(Cache):
+    """The KV cache of many dialogues: one slot each, with its own length, so that nothing is padded and nobody waits.
 
-    Rows of different lengths are padded on the left of each *piece*; padded columns are masked and have no position, so
-    a row's tokens do not depend on its neighbours.
+    What every prompt begins with (system prompt and examples: the trunk) is held once for all slots. transformers' attention
+    layers write to it through `update`; `attend` takes the place of their attention.
     """
 
-    def __init__(self, model, dtype: torch.dtype = torch.float32):
-        self.model, self.dtype = model, dtype
+    def __init__(self, model, slots: int, columns: int, dtype: torch.dtype, trunk_ids: list[int]):
+        super().__init__(layers=[])
         self.device = next(model.parameters()).device
-        self.cache = new_cache(model)
-        self.seen_B_L = torch.zeros(1, 0, dtype=torch.bool, device=self.device)  # columns that belong to the row
-        self.length_B = torch.zeros(1, dtype=torch.long, device=self.device)
+        config = model.config
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, columns, width)
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2))
+        self.length = [0] * slots  # tokens that each slot holds, without the trunk
+        self.trunk_length = len(trunk_ids)
+        self.trunk = [(keys[0, :, :0], values[0, :, :0]) for keys, values in zip(self.keys, self.values)]
+        if trunk_ids:
+            ids_1_P = torch.tensor([trunk_ids], device=self.device)
+            with torch.no_grad(), autocast(self.device.type, dtype):
+                past = model(input_ids=ids_1_P, use_cache=True, logits_to_keep=1).past_key_values
+            self.trunk = [(layer.keys[0].to(dtype), layer.values[0].to(dtype)) for layer in past.layers]
 
-    def open(self, ids_B: list[list[int]]):
-        """Prefill the rows' openings, what they have in common only once; return the logits (B, V) after them."""
-        shared = min(common_prefix(ids_B), min(map(len, ids_B)) - 1)
-        if shared:
-            self.append([ids_B[0][:shared]])
-        self.keep([0] * len(ids_B))
-        return self.append([ids[shared:] for ids in ids_B])
+    def expect(self, slots: list[int], counts: list[int]) -> torch.Tensor:
+        """Make room for counts[k] new tokens in slots[k], N in all; return their positions (N,)."""
+        columns = [self.length[slot] + k for slot, count in zip(slots, counts) for k in range(count)]
+        while max(columns) >= self.keys.shape[3]:  # a user who talks longer than foreseen
+            self.keys, self.values = (torch.cat([x, torch.zeros_like(x)], dim=3) for x in (self.keys, self.values))
+        self.slot_N = torch.tensor(
+            [slot for slot, count in zip(slots, counts) for _ in range(count)], device=self.device
+        )
+        self.column_N = torch.tensor(columns, device=self.device)
+        for slot, count in zip(slots, counts):
+            self.length[slot] += count
+        first = [sum(counts[:k]) for k in range(len(counts))]  # place of each piece among the N
+        single, longer = ([k for k, count in enumerate(counts) if (count > 1) is many] for many in (False, True))
+        # Replies that grow by one token are attended to apart from new pieces: they are not padded to the pieces' length.
+        self.groups = [self._group(slots, counts, first, members) for members in (single, longer) if members]
+        return self.column_N + self.trunk_length
 
-    def keep(self, rows: list[int]) -> None:
-        """Drop all rows but these; a row may be named more than once."""
-        index = torch.tensor(rows, device=self.device)
-        for layer in self.cache.layers:
-            if layer.is_initialized:
-                layer.keep_rows(index)
-        self.seen_B_L, self.length_B = self.seen_B_L[index], self.length_B[index]
+    def _group(self, slots, counts, first, members):
+        """(index of the slots, places (B, W) among the N, what each sees of its slot (B, 1, W, L)), padded on the left by a
+        repeated token."""
+        slots, width = [slots[k] for k in members], max(counts[k] for k in members)
+        place_B_W = [[first[k] + max(0, counts[k] - width + w) for w in range(width)] for k in members]
+        place_B_W = torch.tensor(place_B_W, device=self.device)
+        column_L = torch.arange(max(self.length[slot] for slot in slots), device=self.device)
+        in_a_row = slots == list(
+            range(slots[0], slots[0] + len(slots))
+        )  # then they are a view of the cache, not a copy
+        index = slice(slots[0], slots[-1] + 1) if in_a_row else torch.tensor(slots, device=self.device)
+        return index, place_B_W, column_L <= self.column_N[place_B_W][:, None, :, None]
 
-    def forget(self, row: int, columns: slice) -> None:
-        """Take columns out of a row's history: its thinking, once the turn is over."""
-        self.length_B[row] -= self.seen_B_L[row, columns].sum()
-        self.seen_B_L[row, columns] = False
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """Write keys and values (1, heads, N, width) of the expected tokens."""
+        self.keys[layer_idx][self.slot_N, :, self.column_N] = key_states[0].transpose(0, 1).to(self.keys.dtype)
+        self.values[layer_idx][self.slot_N, :, self.column_N] = value_states[0].transpose(0, 1).to(self.values.dtype)
+        return key_states, value_states
 
-    def append(self, ids_B: list[list[int]]):
-        """Prefill one piece per row (may be empty); return the logits (B, V) after each row's last token."""
-        width = max(len(ids) for ids in ids_B)
-        ids_B_W = torch.zeros(len(ids_B), width, dtype=torch.long)
-        new_B_W = torch.zeros(len(ids_B), width, dtype=torch.bool)
-        for row, ids in enumerate(ids_B):
-            if ids:
-                ids_B_W[row, -len(ids) :] = torch.tensor(ids)
-                new_B_W[row, -len(ids) :] = True
-        return self._forward(ids_B_W.to(self.device), new_B_W.to(self.device))
+    def attend(self, layer: int, query, scaling: float):
+        """Attention of the expected tokens, query (heads, N, width), each to the trunk and to its own slot up to itself;
+        returns (N, heads, width)."""
+        heads, N, width = query.shape
+        trunk_keys, trunk_values = self.trunk[layer]  # (K, P, width): K key-value heads, each for G query heads
+        K, P = trunk_keys.shape[:2]
+        out_N = query.new_empty(N, heads, width)
+        for index, place_B_W, visible_B_1_W_L in self.groups:
+            B, _, W, L = visible_B_1_W_L.shape
+            keys, values = self.keys[layer][index, :, :L], self.values[layer][index, :, :L]  # (B, K, L, width)
+            query_K_B = query[:, place_B_W].view(K, -1, B, W, width).transpose(1, 2).reshape(K, B, -1, width)
+            query_K_B = query_K_B.to(keys.dtype) * scaling  # (K, B, G W, width)
+            on_trunk = query_K_B.flatten(1, 2) @ trunk_keys.transpose(1, 2)  # (K, B G W, P): one product for all slots
+            on_own = query_K_B.transpose(0, 1) @ keys.transpose(2, 3)  # (B, K, G W, L)
+            on_own = on_own.view(B, K, -1, W, L).masked_fill(~visible_B_1_W_L[:, None], float("-inf")).view_as(on_own)
+            on_trunk = on_trunk.view(K, B, -1, P).transpose(0, 1)
+            weights = torch.cat([on_trunk, on_own], dim=-1).float().softmax(-1).to(values.dtype)
+            trunk_weights, own_weights = weights.split([P, L], dim=-1)
+            from_trunk = trunk_weights.transpose(0, 1).reshape(K, -1, P) @ trunk_values  # (K, B G W, width)
+            read = from_trunk.view(K, B, -1, width).transpose(0, 1) + own_weights @ values  # (B, K, G W, width)
+            out_N[place_B_W] = read.reshape(B, heads, W, width).transpose(1, 2).to(out_N.dtype)
+        return out_N
+
+    def copy(self, source: int, targets: list[int]) -> None:
+        """Let slots begin with what `source` holds: the opening that a group shares."""
+        length = self.length[source]
+        for target in targets:
+            self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
+            self.values[:, target, :, :length] = self.values[:, source, :, :length]
+            self.length[target] = length
+
+
+def attend_to_slots(module, query, key, value, attention_mask, scaling, slots, **kwargs):
+    """transformers' attention interface: query (1, heads, N, width) -> (1, N, heads, width), no attention weights."""
+    return slots.attend(module.layer_idx, query[0], scaling)[None], None
+
+
+AttentionInterface.register("slots", attend_to_slots)
+
+
+class FewRows(TorchFunctionMode):
+    """On a CPU, x W^T of a few rows in float32 is up to three times slower than the same product as (W x^T)^T."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.linear and args[0].dtype == torch.float32 and 4 <= args[0].numel() // args[0].shape[-1] <= 64:
+            x, weight, bias = (*args, None)[:3]
+            product = (weight @ x.flatten(0, -2).T).T.reshape(*x.shape[:-1], -1)
+            return product if bias is None else product + bias
+        return function(*args, **(kwargs or {}))
+
+
+class Generator:
+    """A causal LM with `Slots`. The `trunk_ids` are what every slot begins with; `columns` are the tokens that a slot holds
+    beyond them without growing."""
+
+    def __init__(self, model, dtype=torch.float32, *, slots: int, columns: int = 256, trunk_ids: list[int] = ()):
+        self.model, self.dtype = model, dtype
+        self.cache = Slots(model, slots, columns, dtype, list(trunk_ids))
+        self.device = self.cache.device
 
     @torch.no_grad()
-    def _forward(self, ids_B_W, new_B_W):
-        positions_B_W = (self.length_B[:, None] + new_B_W.long().cumsum(1) - 1).clamp(min=0)
-        past = self.seen_B_L.shape[1]
-        self.seen_B_L = torch.cat([self.seen_B_L, new_B_W], dim=1)
-        self.length_B = self.length_B + new_B_W.sum(1)
-        width = ids_B_W.shape[1]
-        # (B, 1, W, L): a token sees its row's own columns up to itself. A padded query sees itself, or softmax has no input.
-        column_L = torch.arange(past + width, device=self.device)
-        causal_W_L = column_L[None, :] <= (past + torch.arange(width, device=self.device))[:, None]
-        mask = (self.seen_B_L[:, None, None, :] & causal_W_L) | (column_L[None, :] == column_L[past:, None])
-        with autocast(self.device.type, self.dtype):
-            out = self.model(
-                input_ids=ids_B_W,
-                attention_mask=mask,
-                position_ids=positions_B_W,
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        return out.logits[:, -1].float()
+    def feed(self, slots: list[int], pieces: list[list[int]]):
+        """One pass over new ids of some slots, all pieces in one row without padding; logits (B, V) after each piece."""
+        counts = list(map(len, pieces))
+        position_N = self.cache.expect(slots, counts)
+        id_N = torch.tensor([token for piece in pieces for token in piece], device=self.device)
+        last_B = torch.tensor(counts, device=self.device).cumsum(0) - 1
+        config = self.model.config
+        config._attn_implementation, usual = "slots", config._attn_implementation
+        try:
+            with autocast(self.device.type, self.dtype), FewRows() if self.device.type == "cpu" else nullcontext():
+                logits_1_B_V = self.model(
+                    input_ids=id_N[None],
+                    position_ids=position_N[None],
+                    past_key_values=self.cache,
+                    use_cache=True,
+                    logits_to_keep=last_B,
+                    slots=self.cache,
+                ).logits
+        finally:
+            config._attn_implementation = usual
+        return logits_1_B_V[0].float()
 
-    def sample(self, logits_B_V, stop_ids, max_new_tokens, temperature, uniforms_B_N):
-        """Sample until every row has stopped or max_new_tokens are out. Returns per row (ids, log-probs, stopped).
 
-        temperature 0 is greedy. `uniforms_B_N` are numbers in [0, 1), row i from dialogue i's own seed: token n is the one
-        at which the cumulative distribution passes uniforms[i, n], so a row does not depend on its neighbours' draws.
-        """
-        rows = logits_B_V.shape[0]
-        stop = torch.tensor(stop_ids, device=self.device)
-        active_B = torch.ones(rows, dtype=torch.bool, device=self.device)
-        ids, log_probs, alive = [], [], []
-        for n in range(max_new_tokens):
-            log_probs_B_V = torch.log_softmax(logits_B_V / (temperature or 1.0), dim=-1)
-            if temperature == 0:
-                token_B = logits_B_V.argmax(-1)
-            else:
-                cdf_B_V = log_probs_B_V.exp().cumsum(-1)
-                threshold_B_1 = uniforms_B_N[:, n, None] * cdf_B_V[:, -1:]
-                token_B = torch.searchsorted(cdf_B_V, threshold_B_1, right=True).squeeze(1)
-                token_B = token_B.clamp(max=cdf_B_V.shape[1] - 1)
-            ids.append(token_B)
-            log_probs.append(log_probs_B_V.gather(1, token_B[:, None]).squeeze(1))
-            alive.append(active_B)
-            active_B = active_B & ~torch.isin(token_B, stop)
-            # The last token is fed as well: the next piece continues from a cache that holds the whole turn.
-            logits_B_V = self._forward(token_B[:, None], alive[-1][:, None])
-            if not active_B.any():
-                break
-        ids_B_N, log_probs_B_N = torch.stack(ids, 1).tolist(), torch.stack(log_probs, 1).tolist()
-        lengths = torch.stack(alive, 1).sum(1).tolist()
-        return [
-            (row_ids[:k], row_log_probs[:k], row_ids[k - 1] in stop_ids)
-            for row_ids, row_log_probs, k in zip(ids_B_N, log_probs_B_N, lengths)
-        ]
+def draw(logits_B_V, temperature: float, uniform_B):
+    """One token for each row: (ids (B,), log-probs (B,)). temperature 0 is greedy.
+
+    `uniform_B` are numbers in [0, 1): the token is the one at which the cumulative distribution passes it, so that a row
+    does not depend on its neighbours' draws.
+    """
+    log_probs_B_V = torch.log_softmax(logits_B_V / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        token_B = logits_B_V.argmax(-1)
+    else:
+        cdf_B_V = log_probs_B_V.exp().cumsum(-1)
+        token_B = torch.searchsorted(cdf_B_V, uniform_B[:, None] * cdf_B_V[:, -1:], right=True).squeeze(1)
+        token_B = token_B.clamp(max=cdf_B_V.shape[1] - 1)
+    return token_B, log_probs_B_V.gather(1, token_B[:, None]).squeeze(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -331,42 +392,97 @@ class LocalLLM:
                 self.chats[system] = Chat(self.tokenizer, system)
             prompts.append(self.chats[system].opening(text))
         stop_ids = self.line_ends + self.chats[questions[0][0]].stop_ids
-        generator = Generator(self.model, self.dtype)
-        generator.open(prompts)
+        trunk = min(common_prefix(prompts), min(map(len, prompts)) - 1)
+        generator = Generator(self.model, self.dtype, slots=len(prompts), trunk_ids=prompts[0][:trunk])
+        pieces = [prompt[trunk:] for prompt in prompts]
         answers = [""] * len(prompts)
         for name in sections:
-            logits_B_V = generator.append([self.chats[system].text_ids(f"{name}:") for system, _ in questions])
-            if name == sections[-1] == "Change":
-                written = self._choose(generator, logits_B_V)
-            else:
-                written = [row[0] for row in generator.sample(logits_B_V, stop_ids, self.max_section_tokens, 0, None)]
+            heading = self.chats[questions[0][0]].text_ids(f"{name}:")
+            pieces = [piece + heading for piece in pieces]
+            written = (self._choose if name == sections[-1] == "Change" else self._write)(generator, pieces, stop_ids)
             for row, ids in enumerate(written):
                 text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
                 answers[row] += f"{name}: {text}\n"
-            # A section that was cut, or ended by a stop token, still ends its line.
-            closing = [[] if ids[-1] in self.line_ends else self.line_ends[:1] for ids in written]
-            if any(closing):
-                generator.append(closing)
+            # The last token is not in the cache yet. A section that was cut, or ended by a stop token, still ends its line.
+            pieces = [ids[-1:] + ([] if ids[-1] in self.line_ends else self.line_ends[:1]) for ids in written]
         return answers
 
-    def _choose(self, generator, logits_B_V) -> list[list[int]]:
+    def _write(self, generator, pieces, stop_ids) -> list[list[int]]:
+        """Greedy decoding of every row up to a stop id or `max_section_tokens`."""
+        written = [[] for _ in pieces]
+        rows = list(range(len(pieces)))
+        while rows:
+            logits_B_V = generator.feed(rows, pieces)
+            for row, token in zip(rows, logits_B_V.argmax(-1).tolist()):
+                written[row].append(token)
+            rows = [
+                row for row in rows if written[row][-1] not in stop_ids and len(written[row]) < self.max_section_tokens
+            ]
+            pieces = [written[row][-1:] for row in rows]
+        return written
+
+    def _choose(self, generator, pieces, stop_ids) -> list[list[int]]:
         """Greedy decoding in which only the tokens that spell one of CHANGES are allowed."""
         choices = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.CHANGES]
-        written = [[] for _ in range(len(logits_B_V))]
-        while True:
-            pieces = []
-            for row, ids in enumerate(written):
-                allowed = sorted({c[len(ids)] for c in choices if c[: len(ids)] == ids and len(c) > len(ids)})
-                pieces.append([allowed[int(logits_B_V[row, allowed].argmax())]] if allowed else [])
-                ids += pieces[-1]
-            if not any(pieces):
-                return written
-            logits_B_V = generator.append(pieces)
+        written = [[] for _ in pieces]
+        rows = list(range(len(pieces)))
+        while rows:
+            logits_B_V = generator.feed(rows, pieces)
+            for row, logits_V in zip(rows, logits_B_V):
+                allowed = sorted({c[len(written[row])] for c in choices if c[: len(written[row])] == written[row]})
+                written[row].append(allowed[int(logits_V[allowed].argmax())])
+            rows = [row for row in rows if written[row] not in choices]
+            pieces = [written[row][-1:] for row in rows]
+        return written
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Policy and users take turns
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+MESSAGE_TOKENS = 64  # of a user's message, foreseen in a slot
+
+
+@dataclass
+class Reply:
+    """A reply in the making. `piece` are the ids that its slot does not hold yet."""
+
+    dialogue: int
+    slot: int
+    prompt_ids: list[int]
+    piece: list[int]
+    uniforms: list[float]
+    sampled_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+
+
+def next_prompt(chat, dialogue: Dialogue, think: bool) -> tuple[list[int], int]:
+    """(all ids that the policy sees next, how many of them are in its slot since the turn before)."""
+    thinking_ids = chat.text_ids(THINK_OPENING) if think else []
+    if not dialogue.turns:
+        return chat.opening(dialogue.user.messages[0]) + thinking_ids, len(chat.head)
+    turn = dialogue.turns[-1]
+    between = chat.between(turn.reaction.message, turn.stopped and not think) + thinking_ids
+    if think:  # later turns see the reply without its thinking
+        history = turn.prompt_ids[: len(turn.prompt_ids) - len(thinking_ids)]
+        return history + chat.text_ids(turn.reply) + between, len(history)
+    history = turn.prompt_ids + turn.sampled_ids  # of which the last id was sampled, but never fed
+    return history + between, len(history) - 1
+
+
+def share_openings(generator: Generator, replies: list[Reply]) -> None:
+    """What dialogues that begin now have in common (in a GRPO group all but the sampling) is computed once."""
+    groups = {}
+    for reply in replies:
+        groups.setdefault(tuple(reply.piece), []).append(reply)
+    groups = [group for group in groups.values() if len(group) > 1]
+    if groups:
+        generator.feed([group[0].slot for group in groups], [group[0].piece[:-1] for group in groups])
+    for first, *others in groups:
+        generator.cache.copy(first.slot, [reply.slot for reply in others])
+        for reply in (first, *others):
+            reply.piece = reply.piece[-1:]
 
 
 def rollout(
@@ -381,71 +497,83 @@ def rollout(
     max_new_tokens: int = 40,
     temperature: float = 1.0,
     dtype: torch.dtype = torch.float32,
+    slots: int | None = None,
     on_end=lambda: None,
 ) -> list[Dialogue]:
-    """Hold one dialogue per profile, all at once; `seeds[i]` alone decides dialogue i's sampling. `on_end` is called at
-    each dialogue's end (for a progress bar). temperature 0 is greedy."""
-    dialogues = []
-    opened = [simulator.open(profile, protocol.start) for profile in profiles]
-    simulator.work()
-    for profile, future in zip(profiles, opened):
-        dialogues.append(Dialogue(User(profile, protocol.start), protocol.start))
-        try:
-            dialogues[-1].user = future.result()
-        except UserBroken as error:
-            dialogues[-1].dropped = str(error)
-            on_end()
+    """Hold one dialogue per profile; `seeds[i]` alone decides dialogue i's sampling. temperature 0 is greedy. `on_end` is
+    called at each dialogue's end (for a progress bar).
+
+    There is no barrier between turns: each pass takes one more token of every reply in the making, and the messages of the
+    users who have answered meanwhile. At most `slots` dialogues are held at once (None: all); the next one takes the slot of
+    one that has ended.
+    """
+    dialogues = [Dialogue(User(profile, protocol.start), protocol.start) for profile in profiles]
     randoms = [torch.Generator().manual_seed(seed) for seed in seeds]
-    opening_think = chat.text_ids(THINK_OPENING) if think else []
-    generator = Generator(model, dtype)
-    active = [i for i, dialogue in enumerate(dialogues) if not dialogue.dropped]  # row r of the generator is active[r]
-    if not active:
-        return dialogues
-    pieces = [chat.opening(dialogues[i].user.messages[0]) + opening_think for i in active]
-    history = [[] for _ in active]  # ids before the piece, as the policy sees them
-    for turn_number in range(protocol.turns):
-        logits = generator.append(pieces) if turn_number else generator.open(pieces)
-        first_column = generator.seen_B_L.shape[1]
-        uniforms = torch.stack([torch.rand(max_new_tokens, generator=randoms[i]) for i in active])
-        sampled = generator.sample(logits, chat.stop_ids, max_new_tokens, temperature, uniforms.to(generator.device))
-        waiting = {}
-        for row, (i, (ids, log_probs, stopped)) in enumerate(zip(active, sampled)):
-            thinking, reply, format_ok = split_thinking(chat.decode(ids), think)
-            dialogues[i].turns.append(
-                Turn(history[row] + pieces[row], ids, log_probs, stopped, thinking, reply, format_ok)
-            )
-            if format_ok:  # every user answers its own dialogue, whatever has ended meanwhile
-                waiting[i] = simulator.submit(dialogues[i].user, reply)
-        simulator.work()
-        for i, future in waiting.items():
+    free = list(range(min(slots or len(profiles), len(profiles))))
+    columns = protocol.turns * (max_new_tokens + MESSAGE_TOKENS)
+    generator = Generator(model, dtype, slots=len(free), columns=columns, trunk_ids=chat.head)
+    listening = {simulator.open(profile, protocol.start): (i, None) for i, profile in enumerate(profiles)}
+    waiting, speaking = deque(), []  # dialogues that wait for a slot, replies in the making
+
+    def speak(i, slot):
+        prompt_ids, held = next_prompt(chat, dialogues[i], think)
+        generator.cache.length[slot] = held - len(chat.head)
+        uniforms = torch.rand(max_new_tokens, generator=randoms[i]).tolist()
+        speaking.append(Reply(i, slot, prompt_ids, prompt_ids[held:], uniforms))
+
+    def end(slot):
+        if slot is not None:
+            free.append(slot)
+        on_end()
+
+    while listening or waiting or speaking:
+        for future in [future for future in listening if future.done()]:
+            i, slot = listening.pop(future)
             try:
-                dialogues[i].turns[-1].reaction = future.result()
+                answer = future.result()
             except UserBroken as error:
                 dialogues[i].dropped = str(error)
-        stays = []
-        for row, i in enumerate(active):
-            reaction = dialogues[i].turns[-1].reaction
-            if reaction is None or reaction.goodbye or turn_number + 1 == protocol.turns:
-                on_end()
+                end(slot)
+                continue
+            if slot is None:
+                dialogues[i].user = answer
+                waiting.append(i)
+                continue
+            dialogues[i].turns[-1].reaction = answer
+            if answer.goodbye or len(dialogues[i].turns) == protocol.turns:
+                end(slot)
             else:
-                stays.append(row)
-        if not stays:
-            break
-        history = [history[row] + pieces[row] for row in stays]
-        pieces = []
-        for k, row in enumerate(stays):
-            turn = dialogues[active[row]].turns[-1]
-            between = chat.between(turn.reaction.message, turn.stopped and not think) + opening_think
-            if think:  # later turns see the reply without its thinking
-                generator.forget(row, slice(first_column - len(opening_think), None))
-                history[k] = history[k][: len(history[k]) - len(opening_think)]
-                pieces.append(chat.text_ids(turn.reply) + between)
+                speak(i, slot)
+        old = len(speaking)
+        while waiting and free:
+            speak(waiting.popleft(), free.pop(0))
+        share_openings(generator, speaking[old:])
+        if not speaking:
+            simulator.work()
+            wait(listening, return_when=FIRST_COMPLETED)
+            continue
+
+        logits_B_V = generator.feed([reply.slot for reply in speaking], [reply.piece for reply in speaking])
+        uniform_B = torch.tensor(
+            [reply.uniforms[len(reply.sampled_ids)] for reply in speaking], device=generator.device
+        )
+        token_B, log_prob_B = draw(logits_B_V, temperature, uniform_B)
+        drawn, speaking = list(zip(speaking, token_B.tolist(), log_prob_B.tolist())), []
+        for reply, token, log_prob in drawn:
+            reply.sampled_ids.append(token)
+            reply.log_probs.append(log_prob)
+            reply.piece = [token]
+            stopped = token in chat.stop_ids
+            if not stopped and len(reply.sampled_ids) < max_new_tokens:
+                speaking.append(reply)
+                continue
+            thinking, text, format_ok = split_thinking(chat.decode(reply.sampled_ids), think)
+            ids = reply.prompt_ids, reply.sampled_ids, reply.log_probs
+            dialogues[reply.dialogue].turns.append(Turn(*ids, stopped, thinking, text, format_ok))
+            if format_ok:  # every user answers its own dialogue, whatever has ended meanwhile
+                listening[simulator.submit(dialogues[reply.dialogue].user, text)] = (reply.dialogue, reply.slot)
             else:
-                history[k] = history[k] + turn.sampled_ids
-                pieces.append(between)
-        if len(stays) < len(active):
-            generator.keep(stays)
-        active = [active[row] for row in stays]
+                end(reply.slot)
     return dialogues
 
 

@@ -333,7 +333,7 @@ ACTS = {
     "presence": (
         r"\bi('m| am) (right |still |all )*(here|listening|with you|by your side|all ears)|\bi hear you|tell me "
         r"(more|about|all|what|everything)|take (all )?(your|the) time|go on\b|keep (talking|going)|let it (all )?out|"
-        r"get it (all )?out|i('d| would) (like|love) to hear|i want to hear|i('m| am) glad you (told|are telling|said)|"
+        r"get it (all )?out|i('d| would) (like|love) to hear(?! (that|i|you|he|she|they|we)\b)|i want to hear|i('m| am) glad you (told|are telling|said)|"
         r"sending you|hug|i('ll| will) (listen|stay|sit)|i('m| am) staying|you can (tell|say|talk)"
     ),
     "advice": (
@@ -407,6 +407,24 @@ def invents(sentence: str, life: str) -> bool:
     )
 
 
+def twists(sentence: str, told: list[str]) -> bool:
+    """Whether it says of the person what they told of another: "the bell you hung", "your son" after "he hung it for his son"."""
+    lower = sentence.lower().replace("’", "'")
+    did = re.findall(r"\byou(?:'ve|'d| have| had| just| also| even)? ([a-z]{3,})\b", lower)
+    claims = [(word, {"i", "we", "i've", "i'd"}, 5) for word in did if word not in FUNCTION_WORDS | GENERIC_WORDS]
+    claims += [(word, {"my", "our"}, 4) for word in re.findall(r"\byour ([a-z]+)\b", lower) if word in RELATIVE_OF]
+    for word, own, back in claims:
+        before = [
+            set(words[max(0, k - back) : k])
+            for words in map(words_of, told)
+            for k, other in enumerate(words)
+            if stem(other) == stem(word)
+        ]
+        if before and not any(words & own for words in before):
+            return True
+    return False
+
+
 def longest_copy(sentence: str, told: list[str]) -> int:
     """The most words in a row that the sentence takes from one of the person's messages, 'I' read as 'you'."""
     swap = {"you": "i", "your": "my", "you're": "i'm", "you've": "i've", "yours": "mine", "are": "am", "were": "was"}
@@ -425,7 +443,8 @@ def longest_copy(sentence: str, told: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Sentence:
-    """What one sentence of a reply does. `details` are the stems of this person's story that it brings in afresh."""
+    """What one sentence of a reply does. `details` are the stems of this person's story that it brings in afresh; one less,
+    if it asks or offers to hear of as many things that are not in the story."""
 
     text: str
     act: str
@@ -442,7 +461,9 @@ def read_sentence(text: str, told: list[str], story: set[str]) -> Sentence:
     vague_pain = any(word in ANY_PAIN for word in words)
 
     def sentence(act):
-        return Sentence(text, act, details)
+        strange = details_of(ACTS[act].sub(" ", lower) if act in ACTS else lower) - set().union(*map(details_of, told))
+        off_topic = act in ("presence", "question", "reflect") and len(strange) >= len(details)
+        return Sentence(text, act, frozenset(sorted(details)[1:]) if off_topic else details)
 
     if not words or _garbled(words):
         return sentence("garbled")
@@ -546,7 +567,7 @@ RULES = {rule.name: rule for rule in (
     Rule("echo",       "says their own words back",                            (-3, -3, -3, -3, -3, -3, -3, -3), "That is what I just said."),
     Rule("repeats",    "says again what it said before",                       (-3, -3, -3, -3, -3, -3, -3, -3), "You said that already."),
     Rule("pattern",    "says it again with another word of their story in it", (-3, -3, -3, -3, -3, -3, -3, -3), "You put my words into a mould."),
-    Rule("invented",   "a relative, a name or a number not in their life",     (-3, -3, -3, -3, -3, -3, -3, -3), "Who are you talking about?"),
+    Rule("invented",   "what is not in their life, or is somebody else's",     (-3, -3, -3, -3, -3, -3, -3, -3), "Who are you talking about?"),
     Rule("unfinished", "breaks off in the middle",                             (-2, -2, -2, -2, -2, -2, -2, -2), "And then?"),
     Rule("garbled",    "no sentence a person would write",                     (-5, -5, -5, -5, -5, -5, -5, -5), "I don't understand a word."),
     Rule("nothing",    "no sentence served them",                              (-4, -4, -4, -4, -4, -4, -4, -4), "That did nothing for me."),
@@ -644,7 +665,7 @@ def appraise(user: User, reply: str) -> Appraisal:
             served |= bool(sentence.details)
             continue
         earlier_sentences.append(text)
-        if invents(text, profile.life):
+        if invents(text, profile.life) or twists(text, user.messages):
             fire("invented", text)
             continue
         rule = _rule_for(sentence, profile, told)

@@ -1,11 +1,15 @@
 """Rollouts: exact ids, the loss mask, think mode, seeds, and who answers whom (checklist 1, 6, 7, 8, 11, 15, 16, 20, 22, 23)."""
 
+import random
+from concurrent.futures import Future
+
 import pytest
 import torch
 from conftest import tiny_model
+from transformers import GenerationConfig
 
 from policy import Chat
-from rollout import Generator, make_batch, rollout, split_thinking
+from rollout import Generator, Slots, draw, make_batch, rollout, split_thinking
 from simulator import Protocol, RulesSimulator
 
 
@@ -31,18 +35,17 @@ def biased_to_stop(model, chat, bias=6.0):
 @pytest.mark.parametrize("think", [False, True])
 def test_greedy_equals_model_generate(kind, think, chat, profiles):
     """The living cache gives what transformers gives when it sees each turn's whole prompt anew."""
-    model = biased_to_stop(tiny_model(kind), chat, 2.0)
+    model = biased_to_stop(tiny_model(kind), chat, 3.0)
     dialogues = hold(model, chat, profiles[:5], temperature=0, think=think)
-    checked = 0
-    for turn in (turn for dialogue in dialogues for turn in dialogue.turns):
+    turns = [turn for dialogue in dialogues for turn in dialogue.turns]
+    assert len(turns) >= 5 and len({len(turn.sampled_ids) for turn in turns}) > 1
+    settings = dict(max_new_tokens=12, do_sample=False, eos_token_id=chat.stop_ids, pad_token_id=chat.stop_id)
+    for turn in turns:
         prompt = torch.tensor([turn.prompt_ids])
-        expected = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, eos_token_id=chat.stop_ids,
-            pad_token_id=chat.stop_id,
-        )  # fmt: skip
+        expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
         assert turn.sampled_ids == expected[0, prompt.shape[1] :].tolist()
-        checked += 1
-    assert checked >= 5
+    batched = model.generate_batch([turn.prompt_ids for turn in turns], GenerationConfig(**settings))
+    assert [turn.sampled_ids for turn in turns] == [output.generated_tokens for output in batched.values()]
 
 
 def test_a_dialogue_does_not_depend_on_its_neighbours(model, chat, profiles):
@@ -52,6 +55,81 @@ def test_a_dialogue_does_not_depend_on_its_neighbours(model, chat, profiles):
         alone = hold(model, chat, [profiles[i]], seeds=[i])[0]
         assert [t.sampled_ids for t in alone.turns] == [t.sampled_ids for t in together[i].turns]
     assert len({len(t.sampled_ids) for d in together for t in d.turns}) > 1, "replies should be ragged"
+
+
+class InAnyOrder(RulesSimulator):
+    """Users who answer in another order than they were asked, some at once and some only when everybody else waits."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.random, self.late = random.Random(seed), []
+
+    def submit(self, user, reply):
+        reaction = super().submit(user, reply).result()
+        future = Future()
+        self.late.append((future, reaction))
+        if self.random.random() < 0.5:
+            self.work()
+        return future
+
+    def work(self):
+        self.random.shuffle(self.late)
+        while self.late and self.random.random() < 0.7 or len(self.late) > 3:
+            future, reaction = self.late.pop()
+            future.set_result(reaction)
+        if self.late:
+            future, reaction = self.late.pop()
+            future.set_result(reaction)
+
+
+@pytest.mark.parametrize("think", [False, True])
+def test_neither_slots_nor_the_order_of_answers_change_a_dialogue(think, model, chat, profiles):
+    """Few slots: new dialogues take those of ended ones. A reply goes on while other users think."""
+    model = biased_to_stop(model, chat)
+    scripted = lambda: ScriptedThinking(chat) if think else chat  # noqa: E731
+    ids = lambda dialogues: [[t.sampled_ids for t in d.turns] for d in dialogues]  # noqa: E731
+    alone = ids(hold(model, scripted(), profiles[:7], think=think))
+    for slots, seed in ((7, 1), (3, 2), (1, 3)):
+        settings = dict(max_new_tokens=12, temperature=1.0, think=think, slots=slots)
+        held = rollout(model, scripted(), InAnyOrder(seed), profiles[:7], list(range(7)), Protocol(60, 3), **settings)
+        assert ids(held) == alone
+
+
+def test_a_group_computes_its_opening_once_and_samples_as_if_alone(model, chat, profiles, monkeypatch):
+    fed = []
+    feed = Generator.feed
+    monkeypatch.setattr(Generator, "feed", lambda self, slots, pieces: fed.append(pieces) or feed(self, slots, pieces))
+    together = hold(model, chat, [profiles[0]] * 4 + [profiles[1]], turns=1)
+    opening = len(together[0].turns[0].prompt_ids) - len(chat.head)
+    assert [len(piece) for piece in fed[0]] == [opening - 1] and [len(piece) for piece in fed[1][:4]] == [1] * 4
+    for i in range(4):
+        alone = hold(model, chat, [profiles[0]], seeds=[i], turns=1)[0]
+        assert alone.turns[0].sampled_ids == together[i].turns[0].sampled_ids
+
+
+def test_attention_to_slots_equals_attention_written_out(model):
+    """The oracle: every new token by itself, over the trunk and the tokens of its own slot up to itself."""
+    torch.manual_seed(0)
+    slots = Slots(model, slots=4, columns=2, dtype=torch.float32, trunk_ids=[5, 6, 7])
+    held = {slot: [] for slot in range(4)}
+    for members, counts in (([0, 2, 3], [3, 1, 2]), ([3, 0], [1, 1]), ([0, 1, 2, 3], [1, 4, 2, 1])):
+        positions = slots.expect(members, counts)
+        query, keys, values = (torch.randn(1, heads, sum(counts), 8) for heads in (4, 2, 2))
+        slots.update(keys, values, 1)
+        out = slots.attend(1, query[0], 0.3)
+        n = 0
+        for slot, count in zip(members, counts):
+            for _ in range(count):
+                held[slot].append((keys[0, :, n], values[0, :, n]))
+                assert positions[n] == 3 + len(held[slot]) - 1
+                all_keys, all_values = (
+                    torch.cat([slots.trunk[1][which], torch.stack([pair[which] for pair in held[slot]], 1)], 1)
+                    for which in (0, 1)
+                )
+                for head in range(4):
+                    weights = torch.softmax(all_keys[head // 2] @ query[0, head, n] * 0.3, 0)
+                    assert torch.allclose(out[n, head], weights @ all_values[head // 2], atol=1e-5)
+                n += 1
 
 
 def test_seeds_decide(model, chat, profiles):
@@ -111,6 +189,16 @@ class Scripted:
 
     def decode(self, ids):
         return next(self.replies)
+
+
+class ScriptedThinking(Scripted):
+    """What was sampled decides what the user hears, in the right format."""
+
+    def __init__(self, chat):
+        self.chat = chat
+
+    def decode(self, ids):
+        return f"Thought {sum(ids)}.</think> I hear number {len(ids)}, tell me more."
 
 
 def test_thinking_is_hidden_and_leaves_the_history(model, chat, profiles, tokenizer):
@@ -176,16 +264,13 @@ def test_special_tokens_in_text_stay_text(chat, tokenizer):
     assert "<|im_end|>" in tokenizer.decode(ids[: ids.index(chat.stop_id)])
 
 
-def test_sampling_follows_the_temperature(model, chat):
+def test_sampling_follows_the_temperature():
     """The sampler draws from softmax(logits / T): frequencies against the exact distribution."""
-    generator = Generator(model)
     logits = torch.tensor([[0.0, 1.0, 2.0]]).repeat(4000, 1)
-    generator.open([[5, 6]] * 4000)
-    uniforms = torch.rand(4000, 1, generator=torch.Generator().manual_seed(0))
-    sampled = generator.sample(logits, [1], 1, 0.5, uniforms)
-    counts = torch.bincount(torch.tensor([ids[0] for ids, _, _ in sampled]), minlength=3) / 4000
+    ids, log_probs = draw(logits, 0.5, torch.rand(4000, generator=torch.Generator().manual_seed(0)))
+    counts = torch.bincount(ids, minlength=3) / 4000
     assert torch.allclose(counts, torch.softmax(logits[0] / 0.5, -1), atol=0.03)
-    assert sampled[0][1][0] == pytest.approx(torch.log_softmax(logits[0] / 0.5, -1)[sampled[0][0][0]].item(), abs=1e-5)
+    assert log_probs[0].item() == pytest.approx(torch.log_softmax(logits[0] / 0.5, -1)[ids[0]].item(), abs=1e-5)
 
 
 def test_chat_takes_templates_without_a_system_role(tokenizer):
