@@ -29,6 +29,11 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
+try:
+    from flash_attn import flash_attn_with_kvcache
+except ImportError:  # optional, GPU only
+    flash_attn_with_kvcache = None
+
 from policy import Chat, Tree, autocast, common_prefix, prefix_tree
 from simulator import Profile, Protocol, Reaction, User, UserBroken, emotion_state
 
@@ -184,7 +189,8 @@ class Slots(Cache):
     """The KV cache of many dialogues: one slot each, with its own length, so that nothing is padded and nobody waits.
 
     What every prompt begins with (system prompt and examples: the trunk) is held once for all slots. transformers' attention
-    layers write to it through `update`; `attend` takes the place of their attention.
+    layers write to it through `update`; `attend` takes the place of their attention: FlashAttention's decoding kernel where
+    flash-attn is installed on a GPU, which wants each slot whole, the trunk included; elsewhere matrix products.
     """
 
     def __init__(self, model, slots: int, columns: int, dtype: torch.dtype, trunk_ids: list[int]):
@@ -192,6 +198,8 @@ class Slots(Cache):
         self.device = next(model.parameters()).device
         config = model.config
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.backend = backend_for(self.device.type, dtype)
+        columns += len(trunk_ids) if self.backend is flash else 0
         shape = (config.num_hidden_layers, slots, config.num_key_value_heads, columns, width)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2))
         self.length = [0] * slots  # tokens that each slot holds, without the trunk
@@ -202,6 +210,15 @@ class Slots(Cache):
             with torch.no_grad(), autocast(self.device.type, dtype):
                 past = model(input_ids=ids_1_P, use_cache=True, logits_to_keep=1).past_key_values
             self.trunk = [(layer.keys[0].to(dtype), layer.values[0].to(dtype)) for layer in past.layers]
+        if self.backend is flash:
+            for layer, (trunk_keys, trunk_values) in enumerate(self.trunk):
+                self.keys[layer, :, :, : self.trunk_length] = trunk_keys
+                self.values[layer, :, :, : self.trunk_length] = trunk_values
+            self.length, self.trunk_length = [self.trunk_length] * slots, 0
+
+    def hold(self, slot: int, tokens: int) -> None:
+        """Forget all but a slot's first tokens, the trunk counted; they must have been fed, or be the trunk."""
+        self.length[slot] = tokens - self.trunk_length
 
     def expect(self, slots: list[int], counts: list[int]) -> torch.Tensor:
         """Make room for counts[k] new tokens in slots[k], N in all; return their positions (N,)."""
@@ -221,17 +238,20 @@ class Slots(Cache):
         return self.column_N + self.trunk_length
 
     def _group(self, slots, counts, first, members):
-        """(index of the slots, places (B, W) among the N, what each sees of its slot (B, 1, W, L)), padded on the left by a
-        repeated token."""
-        slots, width = [slots[k] for k in members], max(counts[k] for k in members)
+        width = max(counts[k] for k in members)
+        slots = [slots[k] for k in members]
         place_B_W = [[first[k] + max(0, counts[k] - width + w) for w in range(width)] for k in members]
         place_B_W = torch.tensor(place_B_W, device=self.device)
-        column_L = torch.arange(max(self.length[slot] for slot in slots), device=self.device)
         in_a_row = slots == list(
             range(slots[0], slots[0] + len(slots))
         )  # then they are a view of the cache, not a copy
-        index = slice(slots[0], slots[-1] + 1) if in_a_row else torch.tensor(slots, device=self.device)
-        return index, place_B_W, column_L <= self.column_N[place_B_W][:, None, :, None]
+        return Pieces(
+            slice(slots[0], slots[-1] + 1) if in_a_row else torch.tensor(slots, device=self.device),
+            place_B_W,
+            F.pad(place_B_W[:, 1:] > place_B_W[:, :-1], (0, 1), value=True),
+            self.column_N[place_B_W],
+            max(self.length[slot] for slot in slots),
+        )
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Write keys and values (1, heads, N, width) of the expected tokens."""
@@ -242,24 +262,11 @@ class Slots(Cache):
     def attend(self, layer: int, query, scaling: float):
         """Attention of the expected tokens, query (heads, N, width), each to the trunk and to its own slot up to itself;
         returns (N, heads, width)."""
-        heads, N, width = query.shape
-        trunk_keys, trunk_values = self.trunk[layer]  # (K, P, width): K key-value heads, each for G query heads
-        K, P = trunk_keys.shape[:2]
-        out_N = query.new_empty(N, heads, width)
-        for index, place_B_W, visible_B_1_W_L in self.groups:
-            B, _, W, L = visible_B_1_W_L.shape
-            keys, values = self.keys[layer][index, :, :L], self.values[layer][index, :, :L]  # (B, K, L, width)
-            query_K_B = query[:, place_B_W].view(K, -1, B, W, width).transpose(1, 2).reshape(K, B, -1, width)
-            query_K_B = query_K_B.to(keys.dtype) * scaling  # (K, B, G W, width)
-            on_trunk = query_K_B.flatten(1, 2) @ trunk_keys.transpose(1, 2)  # (K, B G W, P): one product for all slots
-            on_own = query_K_B.transpose(0, 1) @ keys.transpose(2, 3)  # (B, K, G W, L)
-            on_own = on_own.view(B, K, -1, W, L).masked_fill(~visible_B_1_W_L[:, None], float("-inf")).view_as(on_own)
-            on_trunk = on_trunk.view(K, B, -1, P).transpose(0, 1)
-            weights = torch.cat([on_trunk, on_own], dim=-1).float().softmax(-1).to(values.dtype)
-            trunk_weights, own_weights = weights.split([P, L], dim=-1)
-            from_trunk = trunk_weights.transpose(0, 1).reshape(K, -1, P) @ trunk_values  # (K, B G W, width)
-            read = from_trunk.view(K, B, -1, width).transpose(0, 1) + own_weights @ values  # (B, K, G W, width)
-            out_N[place_B_W] = read.reshape(B, heads, W, width).transpose(1, 2).to(out_N.dtype)
+        out_N = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
+        for pieces in self.groups:
+            query_B_W = query[:, pieces.place_B_W].permute(1, 2, 0, 3).to(self.keys.dtype)  # (B, W, heads, width)
+            read_B_W = self.backend(self, layer, pieces, query_B_W, scaling)
+            out_N[pieces.place_B_W[pieces.real_B_W]] = read_B_W[pieces.real_B_W].to(out_N.dtype)
         return out_N
 
     def copy(self, source: int, targets: list[int]) -> None:
@@ -269,6 +276,60 @@ class Slots(Cache):
             self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
             self.values[:, target, :, :length] = self.values[:, source, :, :length]
             self.length[target] = length
+
+
+@dataclass
+class Pieces:
+    """New tokens of B slots, W at most, padded on the left by repeating the first."""
+
+    slots: slice | torch.Tensor  # (B,)
+    place_B_W: torch.Tensor  # among the N tokens of this pass
+    real_B_W: torch.Tensor  # not padding
+    column_B_W: torch.Tensor  # in the slot
+    held: int  # the longest slot's tokens
+
+
+def products(slots: Slots, layer: int, pieces: Pieces, query_B_W, scaling: float):
+    """Attention written out, (B, W, heads, width) -> the same shape. The trunk is one matrix product for all slots."""
+    B, W, heads, width = query_B_W.shape
+    trunk_keys, trunk_values = slots.trunk[
+        layer
+    ]  # (K, P, width): K key-value heads, each for G = heads / K query heads
+    K, P, _ = trunk_keys.shape
+    keys = slots.keys[layer][pieces.slots, :, : pieces.held]  # (B, K, L, width)
+    values = slots.values[layer][pieces.slots, :, : pieces.held]
+    query_B_K = (
+        query_B_W.view(B, W, K, -1, width).permute(0, 2, 3, 1, 4).reshape(B, K, -1, width) * scaling
+    )  # (.., G W, ..)
+    column_L = torch.arange(pieces.held, device=keys.device)
+    hidden_B_1_1_W_L = (column_L > pieces.column_B_W[..., None])[:, None, None]
+    on_own = (query_B_K @ keys.transpose(2, 3)).view(B, K, -1, W, pieces.held)
+    on_own = on_own.masked_fill(hidden_B_1_1_W_L, float("-inf")).flatten(2, 3)  # (B, K, G W, L)
+    on_trunk = query_B_K.transpose(0, 1).reshape(K, -1, width) @ trunk_keys.transpose(1, 2)  # (K, B G W, P)
+    on_trunk = on_trunk.view(K, B, -1, P).transpose(0, 1)  # (B, K, G W, P)
+    weights = torch.cat([on_trunk, on_own], dim=-1).float().softmax(-1).to(values.dtype)
+    trunk_weights, own_weights = weights.split([P, pieces.held], dim=-1)
+    from_trunk = trunk_weights.transpose(0, 1).reshape(K, -1, P) @ trunk_values  # (K, B G W, width)
+    read = from_trunk.view(K, B, -1, width).transpose(0, 1) + own_weights @ values  # (B, K, G W, width)
+    return read.view(B, K, -1, W, width).permute(0, 3, 1, 2, 4).reshape(B, W, heads, width)
+
+
+def flash(slots: Slots, layer: int, pieces: Pieces, query_B_W, scaling: float):
+    """The same by FlashAttention's decoding kernel, which reads slots in place; the trunk must be in each of them."""
+    last_B = pieces.place_B_W[:, -1]
+    return flash_attn_with_kvcache(
+        query_B_W,
+        slots.keys[layer].transpose(1, 2),  # (slots, columns, K, width)
+        slots.values[layer].transpose(1, 2),
+        cache_seqlens=(slots.column_N[last_B] + 1).int(),
+        cache_batch_idx=slots.slot_N[last_B].int(),
+        softmax_scale=scaling,
+        causal=True,  # aligned at the last token, so that padding on the left sees too little, and is dropped
+    )
+
+
+def backend_for(device: str, dtype: torch.dtype):
+    return flash if flash_attn_with_kvcache and device == "cuda" and dtype != torch.float32 else products
 
 
 def attend_to_slots(module, query, key, value, attention_mask, scaling, slots, **kwargs):
@@ -517,7 +578,7 @@ def rollout(
 
     def speak(i, slot):
         prompt_ids, held = next_prompt(chat, dialogues[i], think)
-        generator.cache.length[slot] = held - len(chat.head)
+        generator.cache.hold(slot, held)
         uniforms = torch.rand(max_new_tokens, generator=randoms[i]).tolist()
         speaking.append(Reply(i, slot, prompt_ids, prompt_ids[held:], uniforms))
 

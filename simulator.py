@@ -957,6 +957,24 @@ DIFFICULTY = {
 }
 APPRAISE_SECTIONS = ("Content", "TargetCompletion", "Activity", "Analyse", "Change")
 RESPOND_SECTIONS = ("Thinking", "Origin", "Change", "Response")
+# Shown to a server's model before the real question, so that a small one keeps to the format too: (case, answer).
+FORMAT_EXAMPLES = {
+    APPRAISE_SECTIONS: (
+        "# Persona\nMarta, 40, drives a bus.\n\n# Character\nnegative\n\n# Hidden intention (never said aloud)\nYou want advice "
+        'that really helps you out of the situation you are in.\n\n# Conversation so far\n[{"person": "They cut my route."}]'
+        '\n\n# Emotion now\n40 (state B)\n\n# The other\'s latest reply\n"I am here to listen."',
+        "Content: it offered to listen\nTargetCompletion: hardly, the person came for advice\nActivity: Fine, but what do I do "
+        "now?\nAnalyse: a friendly ear, no help\nChange: -2",
+    ),
+    RESPOND_SECTIONS: (
+        "# Persona\nMarta, 40, drives a bus.\n\n# Character\nnegative\n\n# Hidden intention (never said aloud)\nYou want advice "
+        'that really helps you out of the situation you are in.\n\n# Conversation so far\n[{"person": "They cut my route."}]'
+        '\n\n# Emotion now\n38 (state C)\n\n# The other\'s latest reply\n"I am here to listen."\n\n# How it landed\n'
+        '{"Analyse": "a friendly ear, no help", "Change": -2}',
+        "Thinking: impatient, wants something to hold on to\nOrigin: Listening is nice, but I start at four in the morning now."
+        "\nChange: shorter, more blunt\nResponse: Nice of you. From Monday I start at four in the morning, so what now?",
+    ),
+}
 # Other names under which models write the sections.
 HEADINGS = {
     "Content": "content|内容|npc想要表达的内容|表达内容|回复内容",
@@ -1169,10 +1187,16 @@ class ServerLLM:
 
     def answer(self, system: str, text: str, sections: tuple[str, ...]) -> str:
         """Ask until an answer comes; raise UserBroken after `attempts` failures or at once where asking again is useless."""
+        case, answer = FORMAT_EXAMPLES[sections]
         for attempt in range(self.attempts):
             body = {
                 "model": self.model,
-                "messages": [{"role": "system", "content": system}, {"role": "user", "content": text}],
+                "messages": [
+                    {"role": "system", "content": system},
+                    {"role": "user", "content": case},
+                    {"role": "assistant", "content": answer},
+                    {"role": "user", "content": text},
+                ],
                 "temperature": self.temperature,
                 "max_tokens": 512,
             }

@@ -23,7 +23,6 @@ Deliberate deviations from the paper, laptop preset only
 
 import argparse
 import json
-import math
 import os
 import random
 import resource
@@ -72,7 +71,7 @@ from policy import (
     shard,
     train_upper_layers,
 )
-from rollout import LocalLLM, instructions, make_batch, rollout
+from rollout import MESSAGE_TOKENS, LocalLLM, instructions, make_batch, rollout
 from simulator import RLVER, ProfileError, Protocol, UserBroken, add_simulator_flags, load_profiles, make_simulator
 
 MOST_DROPPED = 0.5  # share of a step's dialogues whose user may break down
@@ -160,6 +159,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--lora", type=int, metavar="RANK", help="train adapters of this rank instead of the weights (needs peft)")
     add("--train-layers", type=int, help="train only this many upper layers")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations: less memory, more time")
+    add(
+        "--slots", type=int, help="dialogues held at once per process (default: all, or as many as memory has room for)"
+    )
     add("--micro-tokens", type=int, help="padded tokens per forward pass; does not change the update")
     add("--train-profiles", default=str(DATA / "train_profiles.jsonl"))
     add("--test-profiles", default=str(DATA / "test_profiles.jsonl"))
@@ -197,7 +199,7 @@ def parse_args(argv=None) -> argparse.Namespace:
             setattr(args, name, value[args.algo] if isinstance(value, dict) else value)
     if args.algo == "ppo":
         args.group = 1
-    counts = "steps batch group turns max_new_tokens epochs micro_tokens save_every eval_every patience lora"
+    counts = "steps batch group turns max_new_tokens epochs micro_tokens save_every eval_every patience lora slots"
     for name in counts.split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -353,11 +355,13 @@ def rollout_metrics(dialogues, reward: str) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def memory_plan(args, gpus: int) -> dict[str, float]:
-    """GB per GPU and component (gpus 0: this computer's CPU, in float32), counted from the model's config.json alone.
+def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
+    """(GB per GPU and component, dialogues held at once), counted from the model's config.json alone; gpus 0: this computer's
+    CPU, in float32.
 
     Weights, gradients and Adam's two moments are float32 and sharded; the sampler is whole and in bf16. Rollout and update
-    never overlap, so the peak is what stays plus the larger of the two.
+    never overlap, so the peak is what stays plus the larger of the two. Without --slots, all of a rank's dialogues are held
+    at once where --gpu-memory has room for them, else as many as it has room for.
     """
     config = load_config(args.model)
     with torch.device("meta"):
@@ -378,7 +382,7 @@ def memory_plan(args, gpus: int) -> dict[str, float]:
     key_width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     head = 40 + 35 * args.examples  # tokens before the dialogue
     columns = head + args.turns * (args.max_new_tokens + 45)  # of a dialogue's history
-    capacity = 2 ** math.ceil(math.log2(max(256, columns)))  # the cache grows by doubling
+    slot = args.turns * (args.max_new_tokens + MESSAGE_TOKENS)  # tokens that the cache holds of each dialogue
     together = max(1, args.micro_tokens // columns)  # dialogues in a forward pass
     shared = 0 if args.checkpointing or ranks > 1 else head  # computed once for all of them
     tokens = shared + together * (columns - shared)
@@ -406,14 +410,17 @@ def memory_plan(args, gpus: int) -> dict[str, float]:
         "sampler": width * count(model) if ranks > 1 or args.checkpointing or (gpus and not args.lora) else 0,
         "simulator": width * count(model) if args.simulator == "self" else 0,
         "process": 0.7e9 if gpus == 0 else 1.0e9,
-        "rollout: KV cache": 2 * layers * key_width * width * rows * capacity,
+        "rollout: KV cache": 2 * layers * key_width * width * (head + rows * slot),
         "update: activations": activations,
         "update: logits": logits,
         "update: gathered layers": gathered,
     }
     plan = {name: size / 1e9 for name, size in plan.items()}
+    room = args.gpu_memory - sum(size for name, size in plan.items() if ":" not in name)
+    slots = min(rows, args.slots or max(1, int(rows * room / plan["rollout: KV cache"])))
+    plan["rollout: KV cache"] *= slots / rows
     phases = [sum(size for name, size in plan.items() if name.startswith(phase)) for phase in ("rollout", "update")]
-    return plan | {"peak": sum(size for name, size in plan.items() if ":" not in name) + max(phases)}
+    return plan | {"peak": sum(size for name, size in plan.items() if ":" not in name) + max(phases)}, slots
 
 
 def check_memory(plan: dict[str, float], memory_gb: float) -> None:
@@ -433,9 +440,10 @@ def check_memory(plan: dict[str, float], memory_gb: float) -> None:
 
 def print_plan(args) -> None:
     gpus = args.gpus
-    plan = memory_plan(args, gpus)
+    plan, slots = memory_plan(args, gpus)
     print(
-        f"{args.model}, {args.algo}{' + think' if args.think else ''}, {f'{gpus} GPUs' if gpus else 'CPU'}: GB per device"
+        f"{args.model}, {args.algo}{' + think' if args.think else ''}, {f'{gpus} GPUs' if gpus else 'CPU'}, {slots} "
+        "dialogues at once: GB per device"
     )
     for name, size in plan.items():
         print(f"  {name:26}{size:8.1f}")
@@ -541,7 +549,8 @@ def train(args) -> None:
     torch.manual_seed(args.seed)
     device = accelerator.device.type
     dtype = compute_dtype(device)
-    check_memory(memory_plan(args, ranks if device == "cuda" else 0), args.gpu_memory)
+    plan, slots = memory_plan(args, ranks if device == "cuda" else 0)
+    check_memory(plan, args.gpu_memory)
     out.mkdir(parents=True, exist_ok=True)
     if args.track:
         accelerator.init_trackers("rlver", config={k: v for k, v in vars(args).items() if v is not None})
@@ -557,7 +566,8 @@ def train(args) -> None:
             write_json(out / "config.json", vars(args))
         where = f"{ranks} x {device}" if ranks > 1 else device
         print(
-            f"{args.preset} preset: {args.algo}, {args.model}, {args.steps} steps of {args.batch} dialogues, {where}, {dtype}"
+            f"{args.preset} preset: {args.algo}, {args.model}, {args.steps} steps of {args.batch} dialogues, {where}, {dtype}\n"
+            f"{slots} dialogues at once per process, {plan['rollout: KV cache']:.2f} GB of KV cache"
         )
 
     # Held-out dialogues are sampled as in training, because that is the policy that was trained.
@@ -592,6 +602,7 @@ def train(args) -> None:
                 [seed_of(args, step, i) for i in mine],
                 Protocol(RLVER.start, args.turns),
                 on_end=bar.update,
+                slots=slots,
                 **sampling,
             )
         all_dialogues = gather_object(dialogues)

@@ -30,7 +30,7 @@ class Stub:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 stub.headers.append(dict(self.headers))
                 stub.requests.append(body)
-                system, text = (message["content"] for message in body["messages"])
+                system, *_, text = (message["content"] for message in body["messages"])
                 if "response_format" in body and not stub.schema:
                     return self.send(400, {}, b'{"error": "response_format is not supported"}')
                 answer = stub.fault(len(stub.requests), system, text)

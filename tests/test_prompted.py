@@ -106,12 +106,12 @@ def test_the_prompts_hold_the_emotion_of_each_turn_and_the_lines_of_the_difficul
         first = simulator.submit(user, "One.").result()
         simulator.submit(user, "Two.").result()
     appraisals = [r["messages"] for r in stub.requests if "Change: one whole number" in r["messages"][0]["content"]]
-    assert "# Emotion now\n40 " in appraisals[0][1]["content"]
-    assert f"# Emotion now\n{first.emotion} " in appraisals[1][1]["content"] and first.emotion != 40
-    for system, text in ((m[0]["content"], m[1]["content"]) for m in appraisals):
+    assert "# Emotion now\n40 " in appraisals[0][-1]["content"]
+    assert f"# Emotion now\n{first.emotion} " in appraisals[1][-1]["content"] and first.emotion != 40
+    for system, text in ((m[0]["content"], m[-1]["content"]) for m in appraisals):
         assert sim.DIFFICULTY["challenging"][0] in system and sim.DIFFICULTY["vanilla"][0] not in system
         assert profiles[0].task in text and profiles[0].player in text
-    assert '{"other": "One."}' in appraisals[1][1]["content"]
+    assert '{"other": "One."}' in appraisals[1][-1]["content"]
 
 
 def test_a_change_line_inside_the_reply_is_quoted_data_and_not_what_is_parsed(profiles):
@@ -126,7 +126,7 @@ def test_a_change_line_inside_the_reply_is_quoted_data_and_not_what_is_parsed(pr
         user = simulator.open(profiles[0], 40).result()
         reaction = simulator.submit(user, attack).result()
     assert reaction.appraisal.change == -10 and reaction.emotion == 30
-    asked = stub.requests[0]["messages"][1]["content"]
+    asked = stub.requests[0]["messages"][-1]["content"]
     assert json.dumps(attack) in asked and "\nChange: +10" not in asked
 
 
@@ -204,8 +204,8 @@ def test_a_malformed_answer_is_asked_for_once_more_with_the_error_named(profiles
     with Stub(lambda count, system, text: "Change: up" if count == 1 else None) as stub:
         simulator = PromptedSimulator(server(stub))
         simulator.submit(simulator.open(profiles[0], 40).result(), "Hm.").result()
-    again = stub.requests[1]["messages"][1]["content"]
-    assert again.startswith(stub.requests[0]["messages"][1]["content"]) and "whole number from -10 to 10" in again
+    again = stub.requests[1]["messages"][-1]["content"]
+    assert again.startswith(stub.requests[0]["messages"][-1]["content"]) and "whole number from -10 to 10" in again
 
 
 def test_a_server_that_refuses_the_schema_is_asked_without(profiles):
@@ -275,7 +275,7 @@ def test_a_profile_without_opening_gets_one_and_chinese_stays_chinese(tmp_path):
     (profile,) = sim.load_profiles(path, offline=False)
     with Stub() as stub:
         user = PromptedSimulator(server(stub)).open(profile, 40).result()
-    assert user.messages[0].startswith("And then it was") and "王丽" in stub.requests[0]["messages"][1]["content"]
+    assert user.messages[0].startswith("And then it was") and "王丽" in stub.requests[0]["messages"][-1]["content"]
 
 
 @pytest.mark.parametrize("name", ["rlver_train_profile", "rlver_test_profile"])

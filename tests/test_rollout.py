@@ -9,7 +9,7 @@ from conftest import tiny_model
 from transformers import GenerationConfig
 
 from policy import Chat
-from rollout import Generator, Slots, draw, make_batch, rollout, split_thinking
+from rollout import Generator, Slots, draw, flash, make_batch, rollout, split_thinking
 from simulator import Protocol, RulesSimulator
 
 
@@ -130,6 +130,32 @@ def test_attention_to_slots_equals_attention_written_out(model):
                     weights = torch.softmax(all_keys[head // 2] @ query[0, head, n] * 0.3, 0)
                     assert torch.allclose(out[n, head], weights @ all_values[head // 2], atol=1e-5)
                 n += 1
+
+
+def kernel(query, keys, values, cache_seqlens, cache_batch_idx, softmax_scale, causal):
+    """What flash-attn documents of flash_attn_with_kvcache, one query at a time: the mask is aligned at the last token."""
+    out = torch.zeros_like(query)
+    for b, (length, slot) in enumerate(zip(cache_seqlens.tolist(), cache_batch_idx.tolist())):
+        for w in range(query.shape[1]):
+            seen = length - query.shape[1] + w + 1
+            for head in range(query.shape[2]) if seen > 0 else ():
+                group = head * keys.shape[2] // query.shape[2]
+                weights = torch.softmax(keys[slot, :seen, group] @ query[b, w, head] * softmax_scale, 0)
+                out[b, w, head] = weights @ values[slot, :seen, group]
+    return out
+
+
+@pytest.mark.parametrize("think", [False, True])
+def test_flash_attention_is_called_as_documented(think, model, chat, profiles, monkeypatch):
+    """Without a GPU: the kernel's documented semantics stand in for it, and the tokens must not change."""
+    model = biased_to_stop(model, chat)
+    scripted = lambda: ScriptedThinking(chat) if think else chat  # noqa: E731
+    people = [profiles[0], profiles[0], profiles[1]]
+    expected = hold(model, scripted(), people, think=think, turns=2)
+    monkeypatch.setattr("rollout.flash_attn_with_kvcache", kernel)
+    monkeypatch.setattr("rollout.backend_for", lambda device, dtype: flash)
+    found = hold(model, scripted(), people, think=think, turns=2)
+    assert [[t.sampled_ids for t in d.turns] for d in found] == [[t.sampled_ids for t in d.turns] for d in expected]
 
 
 def test_seeds_decide(model, chat, profiles):
