@@ -50,7 +50,7 @@ from transformers import AutoModelForCausalLM
 
 import grpo
 import ppo
-from evaluate import compare, evaluate, print_dialogue, summarize, write_json
+from evaluate import compare, evaluate, print_dialogue, summarize, verdict, write_json
 from policy import (
     LOGITS_AT_ONCE,
     SMOLLM2,
@@ -72,6 +72,8 @@ from policy import (
     shard,
     train_upper_layers,
 )
+from probes import guard
+from report import write_report
 from rollout import LocalLLM, instructions, make_batch, rollout
 from simulator import RLVER, ProfileError, Protocol, UserBroken, add_simulator_flags, load_profiles, make_simulator
 
@@ -659,7 +661,8 @@ def train(args) -> None:
         sampler = load_model(str(out / "best"), device, dtype)[0] if best.exists() else models.sampler
         after = held_out(sampler, test_profiles)
         if main_process and (out / "before.json").exists():
-            report(out, json.loads((out / "before.json").read_text(encoding="utf-8")), after)
+            ordinary = guard(sampler, models.tokenizer, load_model(args.model, device, dtype)[0])
+            report(out, json.loads((out / "before.json").read_text(encoding="utf-8")), after, ordinary)
     accelerator.end_training()
 
 
@@ -673,8 +676,8 @@ def broken_users(dialogues, share: int) -> str:
     return ""
 
 
-def report(out: Path, before: list[dict], after: list[dict]) -> None:
-    """Print and store what training has changed for the held-out users."""
+def report(out: Path, before: list[dict], after: list[dict], ordinary: dict) -> None:
+    """Print and store what training has changed for the held-out users, and on ordinary text (probes.guard)."""
     write_json(out / "after.json", after)
     for transcript in after[:3]:
         print_dialogue(transcript)
@@ -683,7 +686,14 @@ def report(out: Path, before: list[dict], after: list[dict]) -> None:
     print_score("held-out score after ", after)
     paired = compare(after, before)
     print(f"difference, paired by profile: {paired['difference']:+.1f} +- {paired['standard_error']:.1f}")
-    write_json(out / "result.json", {"before": summarize(before), "after": summarize(after), "paired": paired})
+    print(
+        f"ordinary text: perplexity {ordinary['perplexity']}, before {ordinary['base_perplexity']}; "
+        f"KL from the base {ordinary['kl']} nats per token"
+    )
+    results = {"before": summarize(before), "after": summarize(after) | {"guard": ordinary}, "paired": paired}
+    write_json(out / "result.json", results)
+    notes = [verdict("the trained model", "the base", paired)]
+    write_report(out / "report.html", {"before": before, "after": after}, results, notes)
 
 
 def seed_of(args, step: int, dialogue: int) -> int:
