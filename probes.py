@@ -234,7 +234,8 @@ def judge(llm: ServerLLM, transcripts: list[dict]) -> dict:
     ratings, problems = {}, []
     for name, future in futures:
         try:
-            ratings.setdefault(name, []).append(future.result())
+            rating = future.result()
+            ratings.setdefault(name, []).append(rating)
         except (UserBroken, ValueError) as error:
             problems.append(str(error))
 

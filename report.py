@@ -25,9 +25,8 @@ p, figcaption { color: var(--soft); margin: 4px 0 12px; } figure { margin: 0; } 
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 8px; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 td { white-space: nowrap; } summary { cursor: pointer; }
-th:first-child { text-align: left; font-weight: normal; } tr:first-child th { font-weight: bold; }
-.name::before { content: ""; display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 6px;
-  background: var(--c); }
+th:first-child { text-align: left; font-weight: normal; overflow-wrap: normal; } tr:first-child th { font-weight: bold; }
+.name { border-bottom: 3px solid var(--c); }
 .chart { position: relative; height: 300px; margin: 8px 0 28px 34px; border: 1px solid var(--line); }
 .chart svg { width: 100%; height: 100%; display: block; }
 .chart path, .chart line { fill: none; stroke: var(--c); vector-effect: non-scaling-stroke; }
