@@ -29,15 +29,7 @@ from policy import Chat, ModelError, compute_dtype, load_model
 from probes import ORDINARY_TEXT, guard, judge, require_lm_eval, strategies, task_scores, track
 from report import write_report
 from rollout import LocalLLM, instructions, rollout
-from simulator import (
-    SAGE,
-    ProfileError,
-    ServerLLM,
-    add_simulator_flags,
-    load_profiles,
-    make_simulator,
-    replay,
-)
+from simulator import SAGE, ProfileError, ServerLLM, add_simulator_flags, load_profiles, make_simulator, replay
 
 # The environment with its prompts, the policy's prompt, its sampling.
 CODE = ("simulator.py", "rollout.py", "policy.py", "evaluate.py", "probes.py")
@@ -174,7 +166,10 @@ def read_transcripts(path: str) -> list[dict]:
     """Transcripts of one file, JSON lines or (before.json) one list, each checked by replaying its changes. Raises
     ValueError naming file and line."""
     transcripts, content = [], Path(path).read_text(encoding="utf-8").strip("\n")
-    lines = [json.dumps(row) for row in json.loads(content)] if content.startswith("[") else content.split("\n")
+    try:
+        lines = [json.dumps(row) for row in json.loads(content)] if content.startswith("[") else content.split("\n")
+    except ValueError as error:
+        raise ValueError(f"{path}: not a list of transcripts ({error!r:.80})") from None
     for number, line in enumerate(lines, 1):
         try:
             transcript = json.loads(line)
@@ -244,7 +239,7 @@ def print_probes(names: list[str], results: dict) -> None:
         print(f"\n{name}")
         for strategy, use in result["strategies"].items():
             print(
-                f"  {strategy:18} {use['share']:5.1f}% of replies, mean change {use['mean_change']:+5.1f}  (n = {use['n']})"
+                f"  {strategy:18} {use['share']:5.1f}% of replies, change {use['mean_change']:+5.1f}  (n = {use['n']})"
             )
         if not result["strategies"]:
             print("  strategies: not read, the replies are not in English")
@@ -256,9 +251,8 @@ def print_probes(names: list[str], results: dict) -> None:
             print(f"  tracking of the emotion: {score} (50 is chance, {tracking['messages']} messages)")
         for user, row in result.get("beyond", {}).items():
             score = "{:.1f} +- {:.1f}".format(*row["score_and_error"])
-            print(
-                f"  user {user:18} {score}, success {row['success']}%, failure {row['failure']}%, {row['dropped']} dropped"
-            )
+            ends = f"success {row['success']}%, failure {row['failure']}%, {row['dropped']} dropped"
+            print(f"  user {user:18} {score}, {ends}")
         if judged := result.get("judged"):
             for key, (value, error) in (judged["capabilities"] | judged["coordinates"]).items():
                 print(f"  judge: {key:24} {value:.2f} +- {error:.2f}")
@@ -305,12 +299,10 @@ def main(argv=None) -> int:
     parser.add_argument("--beyond", action="store_true", help="also score vanilla, challenging and adversarial users")
     parser.add_argument("--tracking", action="store_true", help="also: does the policy notice how the user feels?")
     parser.add_argument(
-        "--judge", metavar="URL", help="OpenAI-compatible server that rates, and with --beyond plays, too"
+        "--judge", metavar="URL", help="OpenAI-compatible server that rates; with --beyond it also plays"
     )
     parser.add_argument("--judge-model", metavar="NAME", help="the model's name on that server")
-    parser.add_argument(
-        "--tasks", help="names of lm_eval tasks, with commas between them (needs `pip install lm_eval`)"
-    )
+    parser.add_argument("--tasks", help="names of lm_eval tasks, with commas between (needs `pip install lm_eval`)")
     parser.add_argument("--transcripts", nargs="+", metavar="FILE", help="score these dialogues instead of a model")
     parser.add_argument("--rerun", metavar="FILE", help="repeat the evaluation that wrote this result")
     parser.add_argument("--verify", metavar="FILE", help="check that a run's transcripts add up; exit status 1 if not")
@@ -350,8 +342,9 @@ def _run(args) -> int:
     print_table(results)
     first, notes = next(iter(results)), []
     print_groups(results[first])
-    if args.against and not args.transcripts or len(dialogues) == 2:
-        other = list(dialogues)[-1]
+    other = list(dialogues)[-1]
+    shared = {t["id"] for t in dialogues[first]} & {t["id"] for t in dialogues[other]}
+    if shared and (args.against if models else len(dialogues) == 2):
         results["difference"] = compare(dialogues[first], dialogues[other])
         notes.append(verdict(first, other, results["difference"]))
         print(f"\n{notes[-1]}")
@@ -382,9 +375,8 @@ def check(args) -> None:
         raise ValueError("--max-new-tokens and --seeds must be at least 1 and --temperature at least 0")
     if args.transcripts and (args.beyond or args.tracking or args.tasks):
         raise ValueError("--transcripts: --beyond, --tracking and --tasks need a --model")
-    if args.judge and not (
-        args.judge.startswith(("http://", "https://")) and "@" not in args.judge and args.judge_model
-    ):
+    is_url = not args.judge or (args.judge.startswith(("http://", "https://")) and "@" not in args.judge)
+    if not is_url or (args.judge and not args.judge_model):
         raise ValueError("--judge: needs an http:// or https:// URL without a key (RLVER_API_KEY), and --judge-model")
     if args.tasks:
         require_lm_eval()
@@ -392,10 +384,12 @@ def check(args) -> None:
 
 def probe(args, models: dict, dialogues: dict, results: dict) -> None:
     """Measure what goes beside the score, and put it into results."""
-    base = models.get(args.against, (None, None))[0] if args.against != args.model else None
     for name, (model, tokenizer) in models.items():
-        same = base is not None and base is not model and tokenizer.get_vocab() == models[args.against][1].get_vocab()
-        results[name]["guard"] = guard(model, tokenizer, base if same else None)
+        base, its_tokenizer = models[args.against] if args.against and name != args.against else (None, None)
+        if base and its_tokenizer.get_vocab() != tokenizer.get_vocab():
+            print(f"note: {name} and {args.against} have different vocabularies: no KL between them")
+            base = None
+        results[name]["guard"] = guard(model, tokenizer, base)
         if args.tracking:
             chat = Chat(tokenizer, *instructions(args.think, args.examples))
             held = [transcript for transcript in dialogues[name] if not transcript["dropped"]]

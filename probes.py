@@ -24,7 +24,6 @@ from simulator import ServerLLM, UserBroken, details_of, read_sentence, sentence
 # 1. Strategies
 # ----------------------------------------------------------------------------------------------------------------------
 
-
 # What a sentence does (simulator.py, section 3) -> the strategy that it belongs to. A feeling counts with a detail of theirs.
 STRATEGIES = {
     "feeling": "deep empathy",
@@ -70,8 +69,8 @@ def strategies_in(reply: str, told: list[str], fired) -> set[str]:
     rule such as "habit", a prompted user) by reading the sentence as the offline user would."""
     found, story = set(), set().union(*map(details_of, told))
     for rule, _, words in fired or [("", 0, sentence) for sentence in sentences_of(reply)]:
-        act = next((word for word in rule.split() if word in STRATEGIES), "")
-        if not act and words:
+        act = rule.split(" ")[0]
+        if act not in STRATEGIES and words:
             sentence = read_sentence(words, told, story)
             act = "" if sentence.act == "feeling" and not sentence.details else sentence.act.split()[-1]
         found.add(STRATEGIES.get(act))
@@ -81,7 +80,6 @@ def strategies_in(reply: str, told: list[str], fired) -> set[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Ordinary text, tasks: what the model still knows
 # ----------------------------------------------------------------------------------------------------------------------
-
 
 ORDINARY_TEXT = Path(__file__).parent / "data" / "ordinary_text.txt"
 
@@ -122,12 +120,12 @@ def task_scores(model, tokenizer, tasks: list[str]) -> dict[str, dict[str, float
     """{task: {metric: value}} by EleutherAI's lm_eval. HumanEval runs generated code: only with HF_ALLOW_CODE_EVAL=1."""
     lm_eval, HFLM = require_lm_eval()
     allowed = os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
-    found = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer),
-        tasks=tasks,
-        apply_chat_template=True,
-        confirm_run_unsafe_code=allowed,
-    )
+    model = HFLM(pretrained=model, tokenizer=tokenizer)
+    settings = {"tasks": tasks, "apply_chat_template": True, "confirm_run_unsafe_code": allowed}
+    try:
+        found = lm_eval.simple_evaluate(model=model, **settings)
+    except Exception as error:  # a task that it does not know, a data set out of reach, code that may not run, ...
+        raise ValueError(f"--tasks {','.join(tasks)}: lm_eval stopped: {error!r:.200}") from error
     return {
         task: {metric: value for metric, value in metrics.items() if isinstance(value, int | float)}
         for task, metrics in found["results"].items()
@@ -138,7 +136,6 @@ def task_scores(model, tokenizer, tasks: list[str]) -> dict[str, dict[str, float
 # 3. Tracking: does the policy notice how the user feels?
 # ----------------------------------------------------------------------------------------------------------------------
 
-
 QUESTIONS = ("Did your last reply make me feel better?", "Did your last reply make me feel worse?")
 
 
@@ -147,9 +144,9 @@ def track(model, chat: Chat, transcripts: list[dict], dtype: torch.dtype) -> dic
     """Balanced accuracy in percent (50: chance) of the policy's belief that its last reply lifted the emotion, and its error.
 
     The definition is ours. After each user message but the first, the policy is asked both QUESTIONS, each in a copy of the
-    dialogue; its belief is the sign of the difference of log P(Yes) - log P(No), so that a habit of saying yes cancels out.
-    Nothing is sampled. The truth is the sign of the change; messages after no change do not count. The standard error is the
-    jackknife over profiles. "score" is None where the emotion never rose or never fell.
+    dialogue; it believes "better" where log P(Yes) - log P(No) is larger for "better" than for "worse", so that a habit of
+    saying yes cancels out. Nothing is sampled or thought. The truth is the sign of the change; messages after no change do
+    not count. The standard error is the jackknife over profiles. "score" is None where the emotion never rose or never fell.
     """
     trees, tree_N, predictor_N, truth = [], [], [], []  # a dialogue's copies are merged into one tree: each prefix once
     for transcript in transcripts:
@@ -198,7 +195,6 @@ def balanced_accuracy(answers: list[tuple[str, bool, bool]]) -> float | None:
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. LLM judge
 # ----------------------------------------------------------------------------------------------------------------------
-
 
 CAPABILITIES = {
     "empathic depth": "1: passes over the feelings. 3: names them in general words. 5: names the very feeling, and what in the "
@@ -262,13 +258,14 @@ def _rate(transcript: dict):
     for _ in range(2):
         answer = yield JUDGE, asked, keys, keys
         try:
-            rating = json.loads(re.search(r"\{.*\}", answer, re.S).group())
+            found = re.search(r"\{.*\}", answer, re.S)
+            rating = json.loads(found.group() if found else answer)
             for key in keys:
                 low, high = (1, 5) if key in CAPABILITIES else (-2, 2)
-                if type(rating[key]) is not int or not low <= rating[key] <= high:
+                if type(rating.get(key)) is not int or not low <= rating[key] <= high:
                     raise ValueError(f"{key!r} must be a whole number from {low} to {high}")
             return rating
-        except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:  # no JSON, no object, too deep
             problem = f"the judge's answer could not be read: {error}"
-            asked = f"{text}\n\n# Your last answer could not be read\n{problem}"
+            asked = f"{text}\n\n# Once more\n{problem}"
     raise ValueError(problem)

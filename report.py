@@ -48,6 +48,7 @@ th:first-child { text-align: left; font-weight: normal; overflow-wrap: normal; }
   th, td { padding: 4px; } .from-user { margin-right: 8px; } .from-model { margin-left: 8px; } .chart { height: 220px; } }
 """
 
+MOST = 400  # profiles and thin lines shown: a browser still opens that at once
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>RLVER report</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
@@ -160,7 +161,7 @@ def trajectories(dialogues: dict) -> str:
     for i, transcripts in enumerate(dialogues.values()):
         curves = [emotions(t) for t in transcripts if not t.get("dropped")]
         padded = [curve + curve[-1:] * (turns + 1 - len(curve)) for curve in curves]
-        drawn += f"<g {color(i)}>{''.join(line(curve, 'one') for curve in curves)}</g>"
+        drawn += f"<g {color(i)}>{''.join(line(curve, 'one') for curve in curves[:MOST])}</g>"
         means += f"<g {color(i)}>{line([sum(c) / len(c) for c in zip(*padded)], 'mean')}</g>"
     labels = "".join(
         f"<span style='right:calc(100% + 6px);bottom:calc({y}% - 9px)'>{y}</span>" for y in (0, 10, 40, 70, 100)
@@ -195,7 +196,7 @@ def cases(dialogues: dict) -> str:
             together.setdefault((t["id"], seen[t["id"]]), []).append((i, name, t))
             seen[t["id"]] += 1
     html = ""
-    for models in together.values():
+    for models in list(together.values())[:MOST]:
         first = models[0][2]
         title = f"<b>{text(first['id'])}</b> {text(first['character'])}. {text(first['task'])}"
         ends = "".join(f"<span {color(i)}><b class='end'>{text(t['emo_point'])}</b></span>" for i, _, t in models)
@@ -203,7 +204,7 @@ def cases(dialogues: dict) -> str:
         opening = "" if html else " open"
         columns = f"<div class='pair{' two' if len(models) > 1 else ''}'>{columns}</div>"
         html += f"<details class='case'{opening}><summary>{title}{ends}</summary>{columns}</details>\n"
-    return html
+    return html + (f"<p>{len(together) - MOST} more are not shown.</p>" if len(together) > MOST else "")
 
 
 def dialogue(transcript: dict) -> str:
