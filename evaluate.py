@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from policy import Chat, ModelError, compute_dtype, load_model
 from probes import ORDINARY_TEXT, guard, judge, require_lm_eval, strategies, task_scores, track
-from report import write_report
+from report import measures, write_report
 from rollout import LocalLLM, instructions, rollout
 from simulator import SAGE, ProfileError, ServerLLM, add_simulator_flags, load_profiles, make_simulator, replay
 
@@ -232,34 +232,14 @@ def print_groups(result: dict) -> None:
             print(f"  {score:6.1f} +- {error:4.1f}  (n = {count})  {name}")
 
 
-def print_probes(names: list[str], results: dict) -> None:
-    """Whatever was measured beside the score, a few lines per model."""
-    for name in names:
-        result = results[name]
-        print(f"\n{name}")
-        for strategy, use in result["strategies"].items():
-            print(
-                f"  {strategy:18} {use['share']:5.1f}% of replies, change {use['mean_change']:+5.1f}  (n = {use['n']})"
-            )
-        if not result["strategies"]:
-            print("  strategies: not read, the replies are not in English")
-        if ordinary := result.get("guard"):
-            base = f", the base's {ordinary['base_perplexity']}; KL {ordinary['kl']} nats" if "kl" in ordinary else ""
-            print(f"  ordinary text: perplexity {ordinary['perplexity']}{base} per token")
-        if tracking := result.get("tracking"):
-            score = "undefined" if tracking["score"] is None else "{:.1f} +- {:.1f}".format(*tracking["score"])
-            print(f"  tracking of the emotion: {score} (50 is chance, {tracking['messages']} messages)")
-        for user, row in result.get("beyond", {}).items():
-            score = "{:.1f} +- {:.1f}".format(*row["score_and_error"])
-            ends = f"success {row['success']}%, failure {row['failure']}%, {row['dropped']} dropped"
-            print(f"  user {user:18} {score}, {ends}")
-        if judged := result.get("judged"):
-            for key, (value, error) in (judged["capabilities"] | judged["coordinates"]).items():
-                print(f"  judge: {key:24} {value:.2f} +- {error:.2f}")
-            problem = f" ({judged['last_problem']})" if judged["skipped"] else ""
-            print(f"  judge: {judged['judged']} dialogues rated, {judged['skipped']} skipped{problem}")
-        for task, metrics in result.get("tasks", {}).items():
-            print(f"  {task}: " + ", ".join(f"{metric} {value:.4g}" for metric, value in metrics.items()))
+def print_probes(name: str, result: dict) -> None:
+    print(f"\n{name}")
+    for strategy, use in result["strategies"].items():
+        print(f"  {strategy:18} {use['share']:5.1f}% of replies, change {use['mean_change']:+5.1f}  (n = {use['n']})")
+    if not result["strategies"]:
+        print("  strategies: not read, the replies are not in English")
+    for label, value in measures(result).items():
+        print(f"  {label:42} {value}")
 
 
 def print_dialogue(transcript: dict) -> None:
@@ -347,7 +327,6 @@ def _run(args) -> int:
     if shared and (args.against if models else len(dialogues) == 2):
         results["difference"] = compare(dialogues[first], dialogues[other])
         notes.append(verdict(first, other, results["difference"]))
-        print(f"\n{notes[-1]}")
     for transcript in dialogues[first][: args.show]:
         print_dialogue(transcript)
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "rerun")}
@@ -356,10 +335,15 @@ def _run(args) -> int:
     probe(args, models, dialogues, results)
     if args.beyond:
         result["beyond"] = beyond(args, models, dialogues, results)
+        print()
+        print_table({f"{name}, {user}": row for name in models for user, row in results[name]["beyond"].items()})
         if not args.judge:
             notes.append("No held-out judge was asked (--judge URL): these users share the rules that training knew.")
-            print(f"\n{notes[-1]}")
-    print_probes(list(dialogues), results)
+    for name in dialogues:
+        print_probes(name, results[name])
+        if problem := results[name].get("judged", {}).get("last_problem"):
+            notes.append(f"The judge skipped dialogues of {name}, the last one because: {problem}")
+    print("", *notes, sep="\n")
     write_json(Path(args.out), result)
     page = Path(args.out).with_name("report.html")
     write_report(page, dialogues, results, notes)
@@ -386,7 +370,7 @@ def probe(args, models: dict, dialogues: dict, results: dict) -> None:
     """Measure what goes beside the score, and put it into results."""
     for name, (model, tokenizer) in models.items():
         base, its_tokenizer = models[args.against] if args.against and name != args.against else (None, None)
-        if base and its_tokenizer.get_vocab() != tokenizer.get_vocab():
+        if base is not None and its_tokenizer.get_vocab() != tokenizer.get_vocab():
             print(f"note: {name} and {args.against} have different vocabularies: no KL between them")
             base = None
         results[name]["guard"] = guard(model, tokenizer, base)
@@ -422,9 +406,8 @@ def beyond(args, models: dict, dialogues: dict, results: dict) -> dict:
                 result = summarize(transcripts)
             except ValueError as error:
                 raise ValueError(f"--beyond, {user}: {error} ({transcripts[0]['dropped']})") from None
-            row = {"score_and_error": [result["score"], result["standard_error"]]}
-            row |= {key: result[key] for key in ("success", "failure", "dropped")}
-            results[name].setdefault("beyond", {})[user] = row
+            result = {key: value for key, value in result.items() if not isinstance(value, dict)}
+            results[name].setdefault("beyond", {})[user] = result
     return held
 
 

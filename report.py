@@ -110,37 +110,48 @@ SCORE = lambda entry: entry[1], lambda entry: with_error(*entry[1:])
 USE = lambda use: use["share"], lambda use: f"{use['share']:.1f} %, change {use['mean_change']:+.1f}"
 
 
+def measures(result: dict) -> dict[str, str]:
+    """What was measured beside the score: {label: value in words}."""
+    shown = {}
+    if tracking := result.get("tracking"):
+        shown["tracking of the emotion, 50 is chance"] = (
+            with_error(*tracking["score"]) if tracking["score"] else "undefined"
+        )
+    if ordinary := result.get("guard"):
+        shown["perplexity on ordinary text"] = str(ordinary["perplexity"])
+        if "kl" in ordinary:
+            shown["KL from the base there, nats per token"] = str(ordinary["kl"])
+    for user, row in result.get("beyond", {}).items():
+        dropped = f" ({row['dropped']} dropped)" if row["dropped"] else ""
+        shown[f"score with user: {user}"] = with_error(row["score"], row["standard_error"]) + dropped
+    if judged := result.get("judged"):
+        for key, pair in (judged["capabilities"] | judged["coordinates"]).items():
+            shown[f"judge: {key}"] = with_error(*pair)
+        shown["judge: dialogues rated"] = f"{judged['judged']} of {judged['judged'] + judged['skipped']}"
+    for task, metrics in result.get("tasks", {}).items():
+        shown |= {f"{task}: {metric}": f"{value:.4g}" for metric, value in metrics.items()}
+    return shown
+
+
 def summary_table(names: list[str], results: dict) -> str:
-    """Measures down, models across; a measure that no model has is left out."""
-    rows = [
-        ("score", lambda r: with_error(r["score"], r["standard_error"])),
-        ("success", lambda r: f"{r['success']:.1f} %"),
-        ("failure", lambda r: f"{r['failure']:.1f} %"),
-        ("dialogues", lambda r: r["dialogues"]),
-        ("dropped: the user broke down", lambda r: r["dropped"] or None),
-        ("replies per dialogue", lambda r: r["replies_per_dialogue"]),
-        ("words per reply", lambda r: r["words_per_reply"]),
-        ("words of thinking per reply", lambda r: r["thinking_words_per_reply"]),
-        ("tracking of the emotion, 50 is chance", lambda r: with_error(*r["tracking"]["score"])),
-        ("perplexity on ordinary text", lambda r: r["guard"]["perplexity"]),
-        ("KL from the base there, nats per token", lambda r: r["guard"]["kl"]),
-    ]
-    for user in dict.fromkeys(user for name in names for user in results[name].get("beyond", ())):
-        rows.append((f"score with user: {user}", lambda r, u=user: with_error(*r["beyond"][u]["score_and_error"])))
-    for ability in dict.fromkeys(a for name in names for a in results[name].get("judged", {}).get("capabilities", ())):
-        rows.append((f"judged {ability}, 1 to 5", lambda r, a=ability: with_error(*r["judged"]["capabilities"][a])))
-
-    def cell(measure, name):
-        try:
-            value = measure(results[name])
-        except (LookupError, TypeError):  # not measured
-            value = None
-        return "" if value is None else text(value)
-
+    """Measures down, models across."""
+    columns = []
+    for result in map(results.get, names):
+        score = {
+            "score": with_error(result["score"], result["standard_error"]),
+            "success": f"{result['success']:.1f} %",
+            "failure": f"{result['failure']:.1f} %",
+            "dialogues": result["dialogues"],
+            "dialogues dropped": result["dropped"],
+            "replies per dialogue": result["replies_per_dialogue"],
+            "words per reply": result["words_per_reply"],
+            "words of thinking per reply": result["thinking_words_per_reply"],
+        }
+        columns.append(score | measures(result))
     lines = "".join(f"<th {color(i)}><span class='name'>{text(name)}</span></th>" for i, name in enumerate(names))
-    for label, measure in rows:
-        if any(values := [cell(measure, name) for name in names]):
-            lines += f"<tr><th>{text(label)}</th>{''.join(f'<td>{value}</td>' for value in values)}</tr>"
+    for label in dict.fromkeys(label for column in columns for label in column):
+        cells = "".join(f"<td>{text(column.get(label, ''))}</td>" for column in columns)
+        lines += f"<tr><th>{text(label)}</th>{cells}</tr>"
     return f"<table><tr><th></th>{lines}</table>"
 
 

@@ -18,7 +18,7 @@ import probes
 import train
 from policy import Chat
 from report import write_report
-from simulator import RulesSimulator, load_profiles
+from simulator import RULES, SERVES, RulesSimulator, load_profiles
 
 CHROMIUM = shutil.which("chromium")
 SCRIPT = "<script>document.title = 'hacked'</script><img src=x onerror=\"document.title='hacked'\">"
@@ -148,6 +148,11 @@ def test_strategies_come_from_the_rules_and_else_from_reading():
     assert set(evaluate.summarize([read])["strategies"]) == {"deep empathy", "listening"}
     chinese = transcript(points=(40, 45), fired=(None,), reply="听起来你很难过。")
     assert evaluate.summarize([chinese])["strategies"] == {}
+
+
+def test_every_rule_that_serves_an_intention_belongs_to_a_strategy():
+    serving = [name for name, rule in RULES.items() if max(rule.weights) >= SERVES]
+    assert len(serving) >= 8 and all(name.split(" ")[0] in probes.STRATEGIES for name in serving)
 
 
 def test_a_real_reply_and_its_transcript_agree_on_the_strategy(profiles):
@@ -295,7 +300,7 @@ def test_other_users_and_a_held_out_judge_in_one_call(flags, tiny_folder, tmp_pa
     result = json.loads((tmp_path / "result.json").read_text())
     ours = result["results"][str(tiny_folder)]
     assert list(ours["beyond"]) == ["vanilla", "challenging", "adversarial", "held-out judge"]
-    assert ours["beyond"]["vanilla"]["score_and_error"] == [ours["score"], ours["standard_error"]]
+    assert all(ours["beyond"]["vanilla"][key] == ours[key] for key in ("score", "standard_error", "failure"))
     assert set(result["beyond"]) == {"challenging", "adversarial", "held-out judge"}
     assert all(t["behaviour"] for t in result["beyond"]["adversarial"][str(tiny_folder)])
     assert "Analyse" in result["beyond"]["held-out judge"][str(tiny_folder)][0]["history"][2]["planning"]
@@ -306,11 +311,13 @@ def test_other_users_and_a_held_out_judge_in_one_call(flags, tiny_folder, tmp_pa
     assert asked["temperature"] == 0 and {kind["type"] for kind in schema["properties"].values()} == {"integer"}
     assert "emotion" not in asked["messages"][1]["content"]
     said, html = capsys.readouterr().out, (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "user held-out judge" in said and "judge: core insight" in said and "tracking of the emotion" in said
     assert (
-        "score with user: held-out judge" in html
-        and "judged core insight, 1 to 5" in html
-        and "No held-out judge" not in html
+        "score with user: held-out judge" in said
+        and "judge: core insight" in said
+        and "tracking of the emotion" in said
+    )
+    assert (
+        "score with user: held-out judge" in html and "judge: core insight" in html and "No held-out judge" not in html
     )
 
 
@@ -362,7 +369,7 @@ def test_tasks_through_a_stubbed_lm_eval(flags, tiny_folder, tmp_path, monkeypat
     assert results[str(tiny_folder)]["tasks"] == {task: {"exact_match,none": 0.25} for task in ("gsm8k", "ifeval")}
     assert (
         results[str(base)]["tasks"]["gsm8k"] == {"exact_match,none": 0.5}
-        and "gsm8k: exact_match,none 0.25" in capsys.readouterr().out
+        and "gsm8k: exact_match,none" in capsys.readouterr().out
     )
     assert calls[0]["model"].pretrained.num_parameters() > 0 and calls[0]["confirm_run_unsafe_code"] is False
     assert results[str(tiny_folder)]["guard"]["kl"] == 0 and "kl" not in results[str(base)]["guard"]
