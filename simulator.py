@@ -1185,16 +1185,15 @@ class ServerLLM:
         except StopIteration as end:
             return end.value
 
-    def answer(self, system: str, text: str, sections: tuple[str, ...]) -> str:
-        """Ask until an answer comes; raise UserBroken after `attempts` failures or at once where asking again is useless."""
-        case, answer = FORMAT_EXAMPLES[sections]
+    def answer(self, system: str, text: str, sections: tuple[str, ...], integers: tuple[str, ...] = ()) -> str:
+        """Ask until an answer comes (`integers`: the sections that are whole numbers, beside an appraisal's Change); raise UserBroken after `attempts` failures or at once where asking again is useless."""
+        example = FORMAT_EXAMPLES.get(sections, ())
         for attempt in range(self.attempts):
             body = {
                 "model": self.model,
                 "messages": [
                     {"role": "system", "content": system},
-                    {"role": "user", "content": case},
-                    {"role": "assistant", "content": answer},
+                    *({"role": role, "content": shown} for role, shown in zip(("user", "assistant"), example)),
                     {"role": "user", "content": text},
                 ],
                 "temperature": self.temperature,
@@ -1203,7 +1202,8 @@ class ServerLLM:
             with_schema = self.takes_schema
             if with_schema:
                 kinds = {
-                    name: {"type": "integer" if sections[-1] == name == "Change" else "string"} for name in sections
+                    name: {"type": "integer" if name in integers or sections[-1] == name == "Change" else "string"}
+                    for name in sections
                 }
                 schema = {
                     "type": "object",

@@ -49,7 +49,7 @@ from transformers import AutoModelForCausalLM
 
 import grpo
 import ppo
-from evaluate import compare, evaluate, print_dialogue, summarize, write_json
+from evaluate import compare, evaluate, print_dialogue, summarize, verdict, write_json
 from policy import (
     LOGITS_AT_ONCE,
     SMOLLM2,
@@ -71,6 +71,8 @@ from policy import (
     shard,
     train_upper_layers,
 )
+from probes import guard
+from report import write_report
 from rollout import MESSAGE_TOKENS, LocalLLM, instructions, make_batch, rollout
 from simulator import RLVER, ProfileError, Protocol, UserBroken, add_simulator_flags, load_profiles, make_simulator
 
@@ -670,7 +672,8 @@ def train(args) -> None:
         sampler = load_model(str(out / "best"), device, dtype)[0] if best.exists() else models.sampler
         after = held_out(sampler, test_profiles)
         if main_process and (out / "before.json").exists():
-            report(out, json.loads((out / "before.json").read_text(encoding="utf-8")), after)
+            ordinary = guard(sampler, models.tokenizer, load_model(args.model, device, dtype)[0])
+            report(out, json.loads((out / "before.json").read_text(encoding="utf-8")), after, ordinary)
     accelerator.end_training()
 
 
@@ -684,8 +687,8 @@ def broken_users(dialogues, share: int) -> str:
     return ""
 
 
-def report(out: Path, before: list[dict], after: list[dict]) -> None:
-    """Print and store what training has changed for the held-out users."""
+def report(out: Path, before: list[dict], after: list[dict], ordinary: dict) -> None:
+    """Print and store what training has changed for the held-out users, and on ordinary text (probes.guard)."""
     write_json(out / "after.json", after)
     for transcript in after[:3]:
         print_dialogue(transcript)
@@ -694,7 +697,14 @@ def report(out: Path, before: list[dict], after: list[dict]) -> None:
     print_score("held-out score after ", after)
     paired = compare(after, before)
     print(f"difference, paired by profile: {paired['difference']:+.1f} +- {paired['standard_error']:.1f}")
-    write_json(out / "result.json", {"before": summarize(before), "after": summarize(after), "paired": paired})
+    print(
+        f"ordinary text: perplexity {ordinary['perplexity']}, before {ordinary['base_perplexity']}; "
+        f"KL from the base {ordinary['kl']} nats per token"
+    )
+    results = {"before": summarize(before), "after": summarize(after) | {"guard": ordinary}, "paired": paired}
+    write_json(out / "result.json", results)
+    notes = [verdict("the trained model", "the base", paired)]
+    write_report(out / "report.html", {"before": before, "after": after}, results, notes)
 
 
 def seed_of(args, step: int, dialogue: int) -> int:

@@ -1,0 +1,408 @@
+"""What stands beside a score: the report in a real browser, strategies, ordinary text, tracking, other users, judge, tasks."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html import escape
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, tiny_model
+from stub import Stub
+
+import evaluate
+import probes
+import train
+from policy import Chat
+from report import write_report
+from simulator import RULES, SERVES, RulesSimulator, load_profiles
+
+CHROMIUM = shutil.which("chromium")
+SCRIPT = "<script>document.title = 'hacked'</script><img src=x onerror=\"document.title='hacked'\">"
+
+
+def transcript(
+    name="p1", points=(40, 45, 40), fired=(("praise 2", 5, "x"), ("habit", -5, "x")), reply="You cared.", **more
+):
+    history = [{"role": "user", "content": "The dog ran off.", "emotion-point": points[0]}]
+    for before, after, rule in zip(points, points[1:], fired):
+        history.append({"role": "assistant", "content": reply, "thinking": "Hm. A dog.", "stopped": True})
+        planning = {"change": after - before, "fired": [rule] if rule else []}
+        history.append({"role": "user", "content": "Well.", "emotion-point": after, "planning": planning})
+    profile = {"id": name, "character": "passive", "task": "to be heard", "emo_point": points[-1], "dropped": ""}
+    return profile | {"history": history} | more
+
+
+def browse(path, tmp_path, *flags):
+    if CHROMIUM is None:
+        pytest.skip("needs chromium")
+    quiet = "--no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        *quiet,
+        f"--user-data-dir={tmp_path / 'chromium'}",
+    ]
+    done = subprocess.run([*command, *flags, f"file://{path}"], capture_output=True, text=True, timeout=60)
+    return done.stdout
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def page(tmp_path):
+    """Two models; text that tries to be HTML wherever text can stand."""
+    reasons = {"change": -5, "fired": [], "Analyse": f"felt alone {SCRIPT}"}
+    models = {
+        name: [transcript(), transcript("p2", reply=f"A {name} reply {SCRIPT}")] for name in ("one", f"two {SCRIPT}")
+    }
+    for t in models["one"]:
+        t["task"] = f"{t['task']} {SCRIPT} {'x' * 300}"
+        t["history"][1]["thinking"] += SCRIPT
+        t["history"][2] |= {"content": f"The user {SCRIPT} \ud83d", "planning": reasons, "emotion-point": 35}
+    path = tmp_path / "report.html"
+    write_report(path, models, {name: evaluate.summarize(rows) for name, rows in models.items()}, [f"a note {SCRIPT}"])
+    return path
+
+
+def test_the_report_needs_nothing_else_and_escapes_everything(page):
+    html = page.read_text(encoding="utf-8")
+    assert "<script" not in html and "<img" not in html and 'onerror="' not in html
+    assert not re.search(r"(src|href)=|url\(|@import|https?://", html.replace("src=x", ""))
+    assert not list(page.parent.glob("*.tmp"))
+    for part in ("A one reply", "The user", "felt alone", "Hm. A dog.", "praise 2 +5", "habit -5", "a note", "<svg"):
+        assert part in html
+    assert html.count("<summary>thinking</summary>") == 8 and "<details open" not in html
+
+
+def test_a_browser_shows_the_dialogues_as_text_and_runs_nothing(page, tmp_path):
+    dom = browse(page, tmp_path, "--dump-dom")
+    assert "<title>RLVER report</title>" in dom
+    assert (
+        "&lt;script&gt;document.title = 'hacked'&lt;/script&gt;" in dom and "<script" not in dom and "<img" not in dom
+    )
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_nothing_is_wider_than_the_window(page, tmp_path, width):
+    """The page with a script of the test's own, which the page's policy would forbid."""
+    html = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text(encoding="utf-8")).replace("<details", "<details open")
+    measure = "Math.max(...[...document.querySelectorAll('body *')].map(e => e.getBoundingClientRect().right))"
+    columns = "getComputedStyle(document.querySelector('.pair')).gridTemplateColumns.split(' ').length"
+    script = f"<script>document.title = [innerWidth, {measure}, {columns}].join()</script></body>"
+    copy = tmp_path / "measured.html"
+    copy.write_text(html.replace("</body>", script), encoding="utf-8")
+    dom = browse(copy, tmp_path, "--hide-scrollbars", f"--window-size={width},900", "--dump-dom")
+    window, right, columns = map(float, re.search(r"<title>([\d.,]+)</title>", dom)[1].split(","))
+    assert right <= window and columns == (2 if width > 700 else 1)
+
+
+def test_transcripts_alone_make_a_report_and_a_comparison(tmp_path, capsys):
+    stored = ROOT / "results" / "laptop_grpo"
+    out = tmp_path / "result.json"
+    flags = ["--transcripts", str(stored / "after.json"), str(stored / "before.json"), "--out", str(out), "--show", "0"]
+    assert evaluate.main(flags) == 0
+    said, result = capsys.readouterr().out, json.loads(out.read_text())
+    paired = json.loads((stored / "result.json").read_text())["paired"]
+    assert result["results"]["difference"] == paired and evaluate.verdict("after", "before", paired) in said
+    html, (first, *others) = (tmp_path / "report.html").read_text(encoding="utf-8"), result["dialogues"]["after"]
+    assert escape(first["history"][1]["content"]) in html and html.count("class='case'") == 1 + len(others)
+
+
+def test_training_ends_with_a_report_of_before_beside_after(tiny_folder, tmp_path):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((ROOT / "data" / "test_profiles.jsonl").open(encoding="utf-8").readlines()[:2]))
+    flags = "--preset laptop --batch 2 --group 2 --turns 1 --max-new-tokens 4 --steps 1 --train-layers 1 --examples 0".split()
+    out = tmp_path / "out"
+    assert train.main([*flags, "--model", str(tiny_folder), "--test-profiles", str(few), "--out", str(out)]) == 0
+    html, result = (out / "report.html").read_text(encoding="utf-8"), json.loads((out / "result.json").read_text())
+    assert html.count("<h3 class='name'>before</h3>") == html.count("<h3 class='name'>after</h3>") == 2
+    assert 0 <= result["after"]["guard"]["kl"] < 1 and result["after"]["guard"]["base_perplexity"] > 1
+
+
+# --- how it won -------------------------------------------------------------------------------------------------------
+
+
+def test_strategies_come_from_the_rules_and_else_from_reading():
+    one = transcript(
+        points=(40, 50, 45, 42, 41),
+        fired=(
+            ("praise 2", 10, "x"),
+            ("vague advice", -5, "You should rest."),
+            ("touchy", -3, ""),
+            ("habit", -1, "Tell me more about it."),
+        ),
+    )
+    used = evaluate.summarize([one])["strategies"]
+    assert used["praise"] == {"share": 25.0, "mean_change": 10.0, "n": 1}
+    assert used["advice"]["mean_change"] == -5 and used["listening"]["mean_change"] == -1 and used["other"]["n"] == 1
+    read = transcript(
+        points=(40, 43), fired=(None,), reply="It makes you sad that the dog ran off. I'm here to listen."
+    )
+    assert set(evaluate.summarize([read])["strategies"]) == {"deep empathy", "listening"}
+    chinese = transcript(points=(40, 45), fired=(None,), reply="听起来你很难过。")
+    assert evaluate.summarize([chinese])["strategies"] == {}
+
+
+def test_every_rule_that_serves_an_intention_belongs_to_a_strategy():
+    serving = [name for name, rule in RULES.items() if max(rule.weights) >= SERVES]
+    assert len(serving) >= 8 and all(name.split(" ")[0] in probes.STRATEGIES for name in serving)
+
+
+def test_a_real_reply_and_its_transcript_agree_on_the_strategy(profiles):
+    simulator = RulesSimulator()
+    user = simulator.open(profiles[0], 40).result()
+    reply = "It leaves you lonely that the letters were never his."
+    fired = simulator.submit(user, reply).result().appraisal.fired
+    assert (
+        probes.strategies_in(reply, user.messages[:1], fired)
+        == {"deep empathy"}
+        == probes.strategies_in(reply, user.messages[:1], ())
+    )
+
+
+def test_thinking_is_counted_beside_the_reply():
+    result = evaluate.summarize([transcript()])
+    assert result["words_per_reply"] == 2 and result["thinking_words_per_reply"] == 3
+
+
+# --- ordinary text ----------------------------------------------------------------------------------------------------
+
+
+def test_the_guard_is_zero_for_the_same_model_and_equals_a_direct_computation(tokenizer, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("One plus one is two.\n\nA second\npassage.\n")
+    a, b = tiny_model(seed=0), tiny_model(seed=1)
+    assert probes.guard(a, tokenizer, tiny_model(seed=0), path)["kl"] == 0
+    found = probes.guard(a, tokenizer, b, path)
+    kl, nll, count = 0.0, 0.0, 0
+    for passage in ("One plus one is two.", "A second\npassage."):
+        ids = torch.tensor([tokenizer(passage)["input_ids"]])
+        p, q = (torch.distributions.Categorical(logits=m(ids).logits[0, :-1]) for m in (b, a))
+        kl += torch.distributions.kl_divergence(p, q).sum().item()
+        nll -= q.log_prob(ids[0, 1:]).sum().item()
+        count += ids.shape[1] - 1
+    assert found["tokens"] == count and found["kl"] == pytest.approx(kl / count, abs=1e-5) and found["kl"] > 0
+    assert found["perplexity"] == pytest.approx(2.718281828 ** (nll / count), rel=1e-4)
+    assert "base_perplexity" not in probes.guard(a, tokenizer, path=path)
+
+
+def test_the_ordinary_text_is_varied():
+    passages = probes.ORDINARY_TEXT.read_text(encoding="utf-8").strip().split("\n\n")
+    assert len(set(passages)) >= 40 and all(80 < len(passage) < 600 for passage in passages)
+
+
+# --- tracking ---------------------------------------------------------------------------------------------------------
+
+
+class Oracle(torch.nn.Module):
+    """A model that hears "Thanks" in the user's last message: it says Yes to "better" after it, to "worse" otherwise."""
+
+    def __init__(self, tokenizer, habit=0.0):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+        self.tokenizer, self.habit = tokenizer, habit
+        self.yes, self.no = (tokenizer(word)["input_ids"][0] for word in ("Yes", "No"))
+
+    def get_output_embeddings(self):
+        return lambda hidden: hidden
+
+    def answer(self, ids):
+        text = self.tokenizer.decode(ids)
+        last = text.rsplit("<|im_start|>user\n", 1)[1]
+        assert text.endswith("<|im_start|>assistant\n") and "Answer Yes or No." in last
+        logits = torch.zeros(258)
+        logits[self.yes] = self.habit + (1.0 if ("Thanks" in last) == ("better" in last) else -1.0)
+        return logits
+
+
+@pytest.mark.parametrize("habit", [0.0, 9.0])
+def test_tracking_is_100_for_an_oracle_even_if_it_likes_to_say_yes(tokenizer, chat, monkeypatch, habit):
+    def hidden(
+        model, batch, rows, dtype
+    ):  # stands in for policy.sampled_hidden: the oracle reads the merged copies' text
+        index, answers = [], []
+        for n, (row, place) in enumerate(zip(batch.tree_N.tolist(), batch.predictor_N.tolist())):
+            if row in rows:
+                tree = batch.trees[row]
+                answers.append(model.answer([tree.ids[k] for k in range(place + 1) if tree.ends[k] > place]))
+                index.append(n)
+        return torch.stack(answers), torch.tensor(index)
+
+    monkeypatch.setattr(probes, "sampled_hidden", hidden)
+    rows = [
+        transcript(name, (40, 45, 40, 40), (("a", 5, "x"), ("b", -5, "x"), ("c", 0, "x")))
+        for name in ("p1", "p2", "p3")
+    ]
+    for row in rows:
+        row["history"][2]["content"] = "Thanks!"
+    result = probes.track(Oracle(tokenizer, habit), chat, rows, torch.float32)
+    assert result == {"messages": 6, "rose": 3, "score": [100.0, 0.0]}
+    rows[0]["history"][2]["content"] = "Well."  # one of three rises is missed: (2/3 + 1) / 2
+    score, error = probes.track(Oracle(tokenizer, habit), chat, rows, torch.float32)["score"]
+    assert score == pytest.approx(83.33, abs=0.01) and error > 5
+
+
+def test_tracking_by_the_merged_copies_equals_plain_forwards(tokenizer, chat):
+    model = tiny_model()
+    rows = [transcript(f"p{i}", (40, 45, 42), reply=f"Reply {i}.") for i in range(12)]
+    beliefs = []
+    for row in rows:
+        for k in (2, 4):
+            leaning = []
+            for question in probes.QUESTIONS:
+                ids = chat.opening(row["history"][0]["content"])
+                for reply, user in zip(row["history"][1:k:2], row["history"][2 : k + 1 : 2]):
+                    asked = (
+                        f"{user['content']}\n\n{question} Answer Yes or No."
+                        if user is row["history"][k]
+                        else user["content"]
+                    )
+                    ids = ids + chat.text_ids(reply["content"]) + chat.between(asked, False)
+                logits = model(torch.tensor([ids])).logits[0, -1]
+                leaning.append(logits[tokenizer("Y")["input_ids"][0]] - logits[tokenizer("N")["input_ids"][0]])
+            beliefs.append((row["id"], k == 2, (leaning[0] > leaning[1]).item() == (k == 2)))
+    found = probes.track(model, chat, rows, torch.float32)
+    assert found["score"][0] == pytest.approx(probes.balanced_accuracy(beliefs), abs=0.01) and found["messages"] == 24
+
+
+def test_balanced_accuracy_is_chance_for_one_answer_to_everything():
+    always_better = [("p", rose, rose) for rose in (True, True, True, False)]
+    assert probes.balanced_accuracy(always_better) == 50 and probes.balanced_accuracy(always_better[:3]) is None
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flags(tiny_folder, tmp_path):
+    few = tmp_path / "few.jsonl"
+    lines = (ROOT / "data" / "test_profiles.jsonl").read_text(encoding="utf-8").splitlines()[:3]
+    few.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = tmp_path / "result.json"
+    return f"--model {tiny_folder} --profiles {few} --max-new-tokens 6 --examples 0 --show 0 --out {text}".split()
+
+
+RATING = {key: 3 for key in probes.CAPABILITIES} | {key: -1 for key in probes.COORDINATES}
+
+
+def test_other_users_and_a_held_out_judge_in_one_call(flags, tiny_folder, tmp_path, capsys):
+    rate = lambda count, system, text: json.dumps(RATING) if "empathic depth" in system else None  # noqa: E731
+    with Stub(rate) as stub:
+        more = ["--beyond", "--tracking", "--judge", stub.url, "--judge-model", "stub", "--against", str(tiny_folder)]
+        assert evaluate.main([*flags, *more]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    ours = result["results"][str(tiny_folder)]
+    assert list(ours["beyond"]) == ["vanilla", "challenging", "adversarial", "held-out judge"]
+    assert all(ours["beyond"]["vanilla"][key] == ours[key] for key in ("score", "standard_error", "failure"))
+    assert set(result["beyond"]) == {"challenging", "adversarial", "held-out judge"}
+    assert all(t["behaviour"] for t in result["beyond"]["adversarial"][str(tiny_folder)])
+    assert "Analyse" in result["beyond"]["held-out judge"][str(tiny_folder)][0]["history"][2]["planning"]
+    assert ours["judged"]["capabilities"]["core insight"] == [3, 0] and ours["judged"]["judged"] == 3
+    assert ours["judged"]["coordinates"]["empathy or solution"] == [-1, 0] and ours["guard"]["perplexity"] > 1
+    asked = next(r for r in stub.requests if "empathic depth" in r["messages"][0]["content"])
+    schema = asked["response_format"]["json_schema"]["schema"]
+    assert asked["temperature"] == 0 and {kind["type"] for kind in schema["properties"].values()} == {"integer"}
+    assert "emotion" not in asked["messages"][1]["content"]
+    said, html = capsys.readouterr().out, (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert (
+        "score with user: held-out judge" in said
+        and "judge: core insight" in said
+        and "tracking of the emotion" in said
+    )
+    assert (
+        "score with user: held-out judge" in html and "judge: core insight" in html and "No held-out judge" not in html
+    )
+
+
+def test_without_a_judge_the_table_says_so(flags, capsys):
+    assert evaluate.main([*flags, "--beyond"]) == 0
+    assert "No held-out judge was asked" in capsys.readouterr().out
+
+
+def test_a_judge_that_answers_badly_is_asked_once_more_then_skipped_and_counted():
+    rows = [transcript(name, reply=f"I hear you, {name}.") for name in ("anna", "berta", "clara", "dora")]
+
+    def fault(count, system, text):
+        if "clara" in text:
+            return (401, {}, b"", 0)
+        if "berta" in text and "# Once more" in text or "anna" in text:
+            return f"Here you are: ```json\n{json.dumps(RATING | {'core insight': 5 if 'anna' in text else 1})}\n```"
+        return json.dumps(RATING | {"core insight": 9})
+
+    with Stub(fault) as stub:
+        judged = probes.judge(probes.ServerLLM(stub.url, "stub", attempts=2, longest_wait=0.01), rows)
+    assert (judged["judged"], judged["skipped"]) == (2, 2) and judged["capabilities"]["core insight"] == [3.0, 2.0]
+    assert sum("dora" in r["messages"][1]["content"] for r in stub.requests) == 2
+    again = next(r["messages"][1]["content"] for r in stub.requests if "# Once more" in r["messages"][1]["content"])
+    assert "'core insight' must be a whole number from 1 to 5" in again and "'core insight'" in judged["last_problem"]
+
+
+def test_tasks_through_a_stubbed_lm_eval(flags, tiny_folder, tmp_path, monkeypatch, capsys):
+    """Only the calls are tested: the real package and its data sets are not."""
+    calls = []
+
+    def simple_evaluate(**settings):
+        calls.append(settings)
+        if settings["tasks"] == ["nonsense"]:
+            raise KeyError("no such task")
+        return {"results": {task: {"alias": task, "exact_match,none": 0.25 * len(calls)} for task in settings["tasks"]}}
+
+    package, folder, huggingface = (
+        ModuleType("lm_eval"),
+        ModuleType("lm_eval.models"),
+        ModuleType("lm_eval.models.huggingface"),
+    )
+    package.simple_evaluate, huggingface.HFLM = simple_evaluate, lambda **settings: SimpleNamespace(**settings)
+    for module in (package, folder, huggingface):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder, base)
+    assert evaluate.main([*flags, "--tasks", "gsm8k,ifeval", "--against", str(base)]) == 0
+    results = json.loads((tmp_path / "result.json").read_text())["results"]
+    assert results[str(tiny_folder)]["tasks"] == {task: {"exact_match,none": 0.25} for task in ("gsm8k", "ifeval")}
+    assert (
+        results[str(base)]["tasks"]["gsm8k"] == {"exact_match,none": 0.5}
+        and "gsm8k: exact_match,none" in capsys.readouterr().out
+    )
+    assert calls[0]["model"].pretrained.num_parameters() > 0 and calls[0]["confirm_run_unsafe_code"] is False
+    assert results[str(tiny_folder)]["guard"]["kl"] == 0 and "kl" not in results[str(base)]["guard"]
+    assert evaluate.main([*flags, "--tasks", "nonsense"]) == 2
+    assert "--tasks nonsense: lm_eval stopped: KeyError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more, named",
+    [
+        (["--judge", "http://localhost:1/v1"], "--judge"),
+        (["--judge", "http://me:secret@localhost:1/v1", "--judge-model", "m"], "--judge"),
+        (["--transcripts", "x.jsonl", "--beyond"], "--transcripts: --beyond, --tracking and --tasks need a --model"),
+        (["--tasks", "gsm8k"], "--tasks: package not installed; run `pip install"),
+    ],
+)
+def test_what_cannot_work_is_said_at_once(flags, tmp_path, capsys, monkeypatch, more, named):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert evaluate.main([*flags, *more]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("evaluate.py: ") and named in error and "\n" not in error and "secret" not in error
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_one_model_against_itself_under_other_seeds_shows_no_difference(flags, tmp_path, tokenizer):
+    profiles = load_profiles(ROOT / "data" / "test_profiles.jsonl")[:8]
+    chat = Chat(tokenizer, "Be kind.")
+    sets = []
+    for first in (0, 100):
+        held = [
+            evaluate.evaluate(tiny_model(), chat, RulesSimulator(), profiles, range(seed, seed + 8), think=False,
+                              max_new_tokens=6, temperature=1.0) for seed in (first, first + 50)
+        ]  # fmt: skip
+        sets.append([dialogue.transcript() for run in held for dialogue in run])
+    assert sets[0] != sets[1]
+    assert "no difference between A and A is shown" in evaluate.verdict("A", "A", evaluate.compare(*sets))
