@@ -259,7 +259,7 @@ class Tree:
 
     Without --think there is one sequence, and the tree is a chain. With --think every turn is a sequence: the history that
     all later turns share is a trunk, each turn's thinking and reply a branch. Token k is seen by token q exactly where it
-    lies on q's path: k <= q < ends[k]. So a row of a forward pass computes every prefix once, with gradients as if not.
+    lies on q's path: k <= q < ends[k]. So a forward pass computes every prefix once, with gradients as if not.
     """
 
     ids: list[int]
@@ -294,16 +294,16 @@ def common_prefix(sequences: list[list[int]]) -> int:
 
 
 def micro_batches(batch, max_tokens: int) -> list[tuple[list[int], float]]:
-    """(indices into batch.trees, weight) in groups of at most `max_tokens` padded tokens; the longest first, so that memory
-    runs out at once or never. Sharded ranks must make the same number of passes: one that has fewer adds some of weight 0."""
-    order = sorted(range(len(batch.trees)), key=lambda row: -len(batch.trees[row]))
-    groups, width = [], 0
-    for row in order:
-        if not groups or (len(groups[-1]) + 1) * width > max_tokens:
+    """(indices into batch.trees, weight) in groups of at most `max_tokens` tokens; the longest first, so that memory runs
+    out at once or never. Sharded ranks must make the same number of passes: one that has fewer adds some of weight 0."""
+    groups, tokens = [], 0
+    for tree in sorted(range(len(batch.trees)), key=lambda tree: -len(batch.trees[tree])):
+        tokens += len(batch.trees[tree])
+        if not groups or tokens > max_tokens:
             groups.append([])
-            width = len(batch.trees[row])
-        groups[-1].append(row)
-    weighted = [(rows, 1.0) for rows in groups]
+            tokens = len(batch.trees[tree])
+        groups[-1].append(tree)
+    weighted = [(group, 1.0) for group in groups]
     if world_size() > 1:
         count = torch.tensor(len(groups), device="cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(count, dist.ReduceOp.MAX)
@@ -311,41 +311,56 @@ def micro_batches(batch, max_tokens: int) -> list[tuple[list[int], float]]:
     return weighted
 
 
-def sampled_hidden(model, batch, rows: list[int], dtype: torch.dtype):
-    """Final hidden states that predicted the sampled tokens of these trees: ((n, D), indices into N (n,)).
+def pack(sizes: list[int]) -> tuple[list[tuple[int, int]], int]:
+    """Lay pieces side by side into rows as wide as the largest: ((row, column) of each, number of rows). pack([5, 3, 2]) ->
+    ([(0, 0), (1, 0), (1, 3)], 2)"""
+    places, filled = {}, []
+    for piece in sorted(range(len(sizes)), key=lambda piece: -sizes[piece]):
+        row = next((row for row, used in enumerate(filled) if used + sizes[piece] <= max(sizes)), len(filled))
+        filled += [0] * (row == len(filled))
+        places[piece] = row, filled[row]
+        filled[row] += sizes[piece]
+    return [places[piece] for piece in range(len(sizes))], len(filled)
+
+
+def sampled_hidden(model, batch, members: list[int], dtype: torch.dtype):
+    """Final hidden states that predicted the sampled tokens of some trees: ((n, D), indices into N (n,)).
 
     What all the trees begin with is computed once: its keys and values are expanded to all rows, and the gradient flows
-    back through them, so that the result equals the full sequences'. The rest is padded on the right, where nobody sees it.
+    back through them, so that the result equals the full sequences'. The rest is packed: several trees share a row, none
+    sees another.
     """
     device = next(model.parameters()).device
-    trees = [batch.trees[row] for row in rows]
+    trees = [batch.trees[member] for member in members]
     place = torch.full((len(batch.trees),), -1)
-    place[torch.tensor(rows)] = torch.arange(len(rows))
+    place[torch.tensor(members)] = torch.arange(len(members))
     index_n = (place[batch.tree_N] >= 0).nonzero().squeeze(1)
-    b_n, t_n = place[batch.tree_N[index_n]], batch.predictor_N[index_n]
+    tree_n, predictor_n = place[batch.tree_N[index_n]], batch.predictor_N[index_n]
     trunk = min(next((k for k, end in enumerate(tree.ends) if end < len(tree)), len(tree)) for tree in trees)
-    shared = min(common_prefix([tree.ids for tree in trees]), trunk, int(t_n.min()))  # before anything branches
+    shared = min(common_prefix([tree.ids for tree in trees]), trunk, int(predictor_n.min()))  # before anything branches
     if model.base_model.layers[0].training or world_size() > 1:  # activation checkpointing and sharding know one pass
         shared = 0  # through a layer, not two
+    places, rows = pack([len(tree) - shared for tree in trees])
     width = max(map(len, trees)) - shared
-    ids_B_T, positions_B_T = torch.zeros(2, len(rows), width, dtype=torch.long)
-    ends_B_T = torch.arange(1, width + 1).repeat(len(rows), 1)  # padding is seen by itself only
-    for b, tree in enumerate(trees):
-        ids_B_T[b, : len(tree) - shared] = torch.tensor(tree.ids[shared:])
-        positions_B_T[b, : len(tree) - shared] = torch.tensor(tree.positions[shared:])
-        ends_B_T[b, : len(tree) - shared] = torch.tensor(tree.ends[shared:]) - shared
+    ids_B_T, positions_B_T = torch.zeros(2, rows, width, dtype=torch.long)
+    ends_B_T = torch.arange(1, width + 1).repeat(rows, 1)  # a gap is seen by itself only
+    for tree, (row, start) in zip(trees, places):
+        own = slice(start, start + len(tree) - shared)
+        ids_B_T[row, own] = torch.tensor(tree.ids[shared:])
+        positions_B_T[row, own] = torch.tensor(tree.positions[shared:])
+        ends_B_T[row, own] = torch.tensor(tree.ends[shared:]) - shared + start
     ids_B_T, positions_B_T, ends_B_T = ids_B_T.to(device), positions_B_T.to(device), ends_B_T.to(device)
     q_T = torch.arange(width, device=device)
     visible_B_T_T = (q_T[None, None, :] <= q_T[None, :, None]) & (q_T[None, :, None] < ends_B_T[:, None, :])
     if shared:
-        prefix_B_T_P = visible_B_T_T.new_ones(len(rows), width, shared)  # everybody sees it
+        prefix_B_T_P = visible_B_T_T.new_ones(rows, width, shared)  # everybody sees it
         visible_B_T_T = torch.cat([prefix_B_T_P, visible_B_T_T], dim=2)  # (B, T, P + T)
     past = DynamicCache() if shared else None
     with autocast(device.type, dtype):
         if shared:
             prefix_1_P = torch.tensor([trees[0].ids[:shared]], device=device)
             past = model.base_model(input_ids=prefix_1_P, past_key_values=past, use_cache=True).past_key_values
-            past.batch_repeat_interleave(len(rows))
+            past.batch_repeat_interleave(rows)
         hidden_B_T_D = model.base_model(
             input_ids=ids_B_T,
             attention_mask=visible_B_T_T[:, None],
@@ -353,7 +368,8 @@ def sampled_hidden(model, batch, rows: list[int], dtype: torch.dtype):
             past_key_values=past,
             use_cache=shared > 0,
         ).last_hidden_state
-    return hidden_B_T_D[b_n.to(device), (t_n - shared).to(device)], index_n
+    row_n, start_n = torch.tensor(places)[tree_n].T
+    return hidden_B_T_D[row_n.to(device), (start_n + predictor_n - shared).to(device)], index_n
 
 
 LOGITS_AT_ONCE = 2048  # tokens; 2048 x 152k float32 logits are 1.2 GB

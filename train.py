@@ -164,7 +164,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add(
         "--slots", type=int, help="dialogues held at once per process (default: all, or as many as memory has room for)"
     )
-    add("--micro-tokens", type=int, help="padded tokens per forward pass; does not change the update")
+    add("--micro-tokens", type=int, help="tokens per forward pass; does not change the update")
     add("--train-profiles", default=str(DATA / "train_profiles.jsonl"))
     add("--test-profiles", default=str(DATA / "test_profiles.jsonl"))
     add("--seed", type=int, default=0)
@@ -672,7 +672,8 @@ def train(args) -> None:
         sampler = load_model(str(out / "best"), device, dtype)[0] if best.exists() else models.sampler
         after = held_out(sampler, test_profiles)
         if main_process and (out / "before.json").exists():
-            ordinary = guard(sampler, models.tokenizer, load_model(args.model, device, dtype)[0])
+            whole = ranks == 1 and isinstance(models.reference, Policy)  # else the base is not at hand: no KL here
+            ordinary = guard(sampler, models.tokenizer, models.reference.model if whole else None)
             report(out, json.loads((out / "before.json").read_text(encoding="utf-8")), after, ordinary)
     accelerator.end_training()
 
@@ -697,10 +698,7 @@ def report(out: Path, before: list[dict], after: list[dict], ordinary: dict) -> 
     print_score("held-out score after ", after)
     paired = compare(after, before)
     print(f"difference, paired by profile: {paired['difference']:+.1f} +- {paired['standard_error']:.1f}")
-    print(
-        f"ordinary text: perplexity {ordinary['perplexity']}, before {ordinary['base_perplexity']}; "
-        f"KL from the base {ordinary['kl']} nats per token"
-    )
+    print("ordinary text:", ", ".join(f"{name} {value}" for name, value in ordinary.items()))
     results = {"before": summarize(before), "after": summarize(after) | {"guard": ordinary}, "paired": paired}
     write_json(out / "result.json", results)
     notes = [verdict("the trained model", "the base", paired)]

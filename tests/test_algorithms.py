@@ -16,6 +16,7 @@ from policy import (
     common_prefix,
     frozen_copy,
     micro_batches,
+    pack,
     sampled_hidden,
     token_log_probs,
     train_upper_layers,
@@ -122,6 +123,16 @@ def test_activation_checkpointing_changes_no_gradient_and_leaves_dropout_off():
         gradients.append([p.grad for p in model.parameters()])
     for a, b in zip(*gradients):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_packed_trees_do_not_see_each_other():
+    """Short trees share a row with others; nothing is computed for padding but the end of a row."""
+    places, rows = pack([5, 3, 2, 2])
+    assert rows == 3 and places == [(0, 0), (1, 0), (1, 3), (2, 0)]
+    model, batch = tiny_model(), make([[9, 8], [1], [2], [3], [2]], [[0.1] * 2] + [[0.1]] * 4)
+    trees = batch.trees
+    assert pack([len(tree) for tree in trees])[1] < len(trees) - 1
+    assert_equal_to_single_sequences(model, batch, 1000, atol=1e-4)
 
 
 def test_micro_batches_cover_everything_and_start_with_the_longest():
