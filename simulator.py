@@ -443,12 +443,13 @@ def longest_copy(sentence: str, told: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Sentence:
-    """What one sentence of a reply does. `details` are the stems of this person's story that it brings in afresh; one less,
+    """What one sentence of a reply does. `details` are the stems of this person's story that it brings in afresh; it strays
     if it asks or offers to hear of as many things that are not in the story."""
 
     text: str
     act: str
     details: frozenset[str]
+    strays: bool = False
 
 
 def read_sentence(text: str, told: list[str], story: set[str]) -> Sentence:
@@ -462,8 +463,8 @@ def read_sentence(text: str, told: list[str], story: set[str]) -> Sentence:
 
     def sentence(act):
         strange = details_of(ACTS[act].sub(" ", lower) if act in ACTS else lower) - set().union(*map(details_of, told))
-        off_topic = act in ("presence", "question", "reflect") and len(strange) >= len(details)
-        return Sentence(text, act, frozenset(sorted(details)[1:]) if off_topic else details)
+        strays = act in ("presence", "question", "reflect") and len(strange) >= max(1, len(details))
+        return Sentence(text, act, details, strays)
 
     if not words or _garbled(words):
         return sentence("garbled")
@@ -566,6 +567,7 @@ RULES = {rule.name: rule for rule in (
     Rule("self",       "speaks of itself instead of them",                     (-3, -3, -3, -3, -3, -3, -3, -3), "This is not about you."),
     Rule("echo",       "says their own words back",                            (-3, -3, -3, -3, -3, -3, -3, -3), "That is what I just said."),
     Rule("repeats",    "says again what it said before",                       (-3, -3, -3, -3, -3, -3, -3, -3), "You said that already."),
+    Rule("strays",     "wants to hear of things that they never told",         (-2, -2, -2, -2, -2, -2, -2, -2), "That is not my story."),
     Rule("pattern",    "says it again with another word of their story in it", (-3, -3, -3, -3, -3, -3, -3, -3), "You put my words into a mould."),
     Rule("invented",   "what is not in their life, or is somebody else's",     (-3, -3, -3, -3, -3, -3, -3, -3), "Who are you talking about?"),
     Rule("unfinished", "breaks off in the middle",                             (-2, -2, -2, -2, -2, -2, -2, -2), "And then?"),
@@ -675,6 +677,8 @@ def appraise(user: User, reply: str) -> Appraisal:
             served |= not general
         else:
             served |= fire(rule, text) > 0 or general
+        if sentence.strays:
+            fire("strays", text)
 
     if questions > 1:
         fire("questions")
