@@ -34,7 +34,7 @@ try:
 except ImportError:  # optional, GPU only
     flash_attn_with_kvcache = None
 
-from policy import Chat, Tree, autocast, common_prefix, prefix_tree
+from policy import Chat, ModelError, Tree, autocast, common_prefix, prefix_tree
 from simulator import Profile, Protocol, Reaction, User, UserBroken, emotion_state
 
 SYSTEM = "You are a close friend who listens."
@@ -197,6 +197,9 @@ class Slots(Cache):
         super().__init__(layers=[])
         self.device = next(model.parameters()).device
         config = model.config
+        other = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+        if other:
+            raise ModelError(f"{config.name_or_path}: has layers of {', '.join(other)}; only full attention is supported")
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.backend = backend_for(self.device.type, dtype)
         columns += len(trunk_ids) if self.backend is flash else 0
@@ -225,9 +228,8 @@ class Slots(Cache):
         columns = [self.length[slot] + k for slot, count in zip(slots, counts) for k in range(count)]
         while max(columns) >= self.keys.shape[3]:  # a user who talks longer than foreseen
             self.keys, self.values = (torch.cat([x, torch.zeros_like(x)], dim=3) for x in (self.keys, self.values))
-        self.slot_N = torch.tensor(
-            [slot for slot, count in zip(slots, counts) for _ in range(count)], device=self.device
-        )
+        owners = [slot for slot, count in zip(slots, counts) for _ in range(count)]
+        self.slot_N = torch.tensor(owners, device=self.device)
         self.column_N = torch.tensor(columns, device=self.device)
         for slot, count in zip(slots, counts):
             self.length[slot] += count
@@ -241,17 +243,13 @@ class Slots(Cache):
         width = max(counts[k] for k in members)
         slots = [slots[k] for k in members]
         place_B_W = [[first[k] + max(0, counts[k] - width + w) for w in range(width)] for k in members]
-        place_B_W = torch.tensor(place_B_W, device=self.device)
-        in_a_row = slots == list(
-            range(slots[0], slots[0] + len(slots))
-        )  # then they are a view of the cache, not a copy
-        return Pieces(
-            slice(slots[0], slots[-1] + 1) if in_a_row else torch.tensor(slots, device=self.device),
-            place_B_W,
-            F.pad(place_B_W[:, 1:] > place_B_W[:, :-1], (0, 1), value=True),
-            self.column_N[place_B_W],
-            max(self.length[slot] for slot in slots),
-        )
+        real = [b * width + w for b, k in enumerate(members) for w in range(width - counts[k], width)]
+        place_B_W, real_n = (torch.tensor(x, device=self.device) for x in (place_B_W, real))
+        # Slots in a row are a view of the cache, others a copy.
+        in_a_row = slots == list(range(slots[0], slots[0] + len(slots)))
+        index_B = slice(slots[0], slots[-1] + 1) if in_a_row else torch.tensor(slots, device=self.device)
+        held = max(self.length[slot] for slot in slots)
+        return Pieces(index_B, place_B_W, real_n, self.column_N[place_B_W], held)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Write keys and values (1, heads, N, width) of the expected tokens."""
@@ -266,7 +264,7 @@ class Slots(Cache):
         for pieces in self.groups:
             query_B_W = query[:, pieces.place_B_W].permute(1, 2, 0, 3).to(self.keys.dtype)  # (B, W, heads, width)
             read_B_W = self.backend(self, layer, pieces, query_B_W, scaling)
-            out_N[pieces.place_B_W[pieces.real_B_W]] = read_B_W[pieces.real_B_W].to(out_N.dtype)
+            out_N[pieces.place_B_W.flatten()[pieces.real_n]] = read_B_W.flatten(0, 1)[pieces.real_n].to(out_N.dtype)
         return out_N
 
     def copy(self, source: int, targets: list[int]) -> None:
@@ -284,7 +282,7 @@ class Pieces:
 
     slots: slice | torch.Tensor  # (B,)
     place_B_W: torch.Tensor  # among the N tokens of this pass
-    real_B_W: torch.Tensor  # not padding
+    real_n: torch.Tensor  # which of the B x W are no padding
     column_B_W: torch.Tensor  # in the slot
     held: int  # the longest slot's tokens
 
@@ -292,9 +290,7 @@ class Pieces:
 def products(slots: Slots, layer: int, pieces: Pieces, query_B_W, scaling: float):
     """Attention written out, (B, W, heads, width) -> the same shape. The trunk is one matrix product for all slots."""
     B, W, heads, width = query_B_W.shape
-    trunk_keys, trunk_values = slots.trunk[
-        layer
-    ]  # (K, P, width): K key-value heads, each for G = heads / K query heads
+    trunk_keys, trunk_values = slots.trunk[layer]  # (K, P, width): K key-value heads, each of G query heads
     K, P, _ = trunk_keys.shape
     keys = slots.keys[layer][pieces.slots, :, : pieces.held]  # (B, K, L, width)
     values = slots.values[layer][pieces.slots, :, : pieces.held]
