@@ -42,7 +42,9 @@ USERS = {
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and standard error of the mean; the error of fewer than two values is nan."""
+    """Mean and standard error of the mean; the error of fewer than two values is nan, and so is the mean of none."""
+    if not values:
+        return math.nan, math.nan
     mean = sum(values) / len(values)
     if len(values) < 2:
         return mean, math.nan
@@ -144,8 +146,10 @@ def definition(args) -> dict:
     }
 
 
-def evaluate(model, chat, simulator, profiles, seeds, *, think, max_new_tokens, temperature=0.0, dtype=torch.float32):
-    """Hold one SAGE dialogue per profile (temperature 0: greedy); return the dialogues."""
+def evaluate(
+    model, chat, simulator, profiles, seeds, *, think, max_new_tokens, temperature=0.0, dtype=torch.float32, slots=None
+):
+    """Hold one SAGE dialogue per profile (temperature 0: greedy), at most `slots` at once; return the dialogues."""
     with tqdm(total=len(profiles), desc="evaluating", unit="dialogue", leave=False) as bar:
         return rollout(
             model,
@@ -158,6 +162,7 @@ def evaluate(model, chat, simulator, profiles, seeds, *, think, max_new_tokens, 
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             dtype=dtype,
+            slots=slots,
             on_end=bar.update,
         )
 
@@ -175,10 +180,11 @@ def read_transcripts(path: str) -> list[dict]:
             transcript = json.loads(line)
             points = [m["emotion-point"] for m in transcript["history"] if "emotion-point" in m]
             changes = [m["planning"]["change"] for m in transcript["history"] if "planning" in m]
+            replayed = replay(points[0], changes)
             transcript["emo_point"] = int(transcript["emo_point"])
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{path}: line {number}: not a transcript ({error!r:.80})") from None
-        if replay(points[0], changes) != points:
+        if replayed != points:
             raise ValueError(f"{path}: line {number}: the logged emotions do not follow from the logged changes")
         transcripts.append(transcript)
     return transcripts
@@ -273,6 +279,7 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy; the laptop preset trains at 0.7")
     parser.add_argument("--max-new-tokens", type=int, default=24, help="per reply, thinking included")
+    parser.add_argument("--slots", type=int, help="dialogues held at once (default: all): bounds the KV cache's memory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=1, help="hold every dialogue with this many seeds, from --seed on")
     parser.add_argument("--show", type=int, default=3, help="print this many dialogues in full")
@@ -331,10 +338,14 @@ def _run(args) -> int:
         print_dialogue(transcript)
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "rerun")}
     result = {"settings": settings, "definition": definition(args), "results": results, "dialogues": dialogues}
-    write_json(Path(args.out), result)  # what there is, before a server or a package that may fail
-    probe(args, models, dialogues, results)
+    try:
+        probe(args, models, dialogues, results)
+        if args.beyond:
+            result["beyond"] = {}
+            beyond(args, models, dialogues, results, result["beyond"])
+    finally:
+        write_json(Path(args.out), result)  # whatever there is, also when a server or a package has failed
     if args.beyond:
-        result["beyond"] = beyond(args, models, dialogues, results)
         print()
         print_table({f"{name}, {user}": row for name in models for user, row in results[name]["beyond"].items()})
         if not args.judge:
@@ -344,7 +355,6 @@ def _run(args) -> int:
         if problem := results[name].get("judged", {}).get("last_problem"):
             notes.append(f"The judge skipped dialogues of {name}, the last one because: {problem}")
     print("", *notes, sep="\n")
-    write_json(Path(args.out), result)
     page = Path(args.out).with_name("report.html")
     write_report(page, dialogues, results, notes)
     print(f"\nwritten: {args.out} and {page}")
@@ -355,8 +365,8 @@ def check(args) -> None:
     """Raise ValueError, naming the flag, for what could only fail after the dialogues have been held."""
     if args.simulator == "self" and args.against:
         raise ValueError("--simulator self: --against would be scored by another user; use rules or a URL")
-    if args.max_new_tokens < 1 or args.seeds < 1 or args.temperature < 0:
-        raise ValueError("--max-new-tokens and --seeds must be at least 1 and --temperature at least 0")
+    if args.max_new_tokens < 1 or args.seeds < 1 or args.temperature < 0 or (args.slots or 1) < 1:
+        raise ValueError("--max-new-tokens, --seeds and --slots must be at least 1 and --temperature at least 0")
     if args.transcripts and (args.beyond or args.tracking or args.tasks):
         raise ValueError("--transcripts: --beyond, --tracking and --tasks need a --model")
     is_url = not args.judge or (args.judge.startswith(("http://", "https://")) and "@" not in args.judge)
@@ -386,15 +396,15 @@ def probe(args, models: dict, dialogues: dict, results: dict) -> None:
             results[name]["judged"] = judge(llm, transcripts)
 
 
-def beyond(args, models: dict, dialogues: dict, results: dict) -> dict:
+def beyond(args, models: dict, dialogues: dict, results: dict, held: dict) -> None:
     """Hold the dialogues with users that the policy was not trained on, the judge among them; scores go into results.
 
-    A policy that has only learned what the training user rewards is worse with the others. Returns {user: {model: transcripts}}.
+    A policy that has only learned what the training user rewards is worse with the others. `held` takes in
+    {user: {model: transcripts}}.
     """
     users = {name: {"difficulty": difficulty, "user": user} for name, (difficulty, user) in USERS.items()}
     if args.judge:
         users["held-out judge"] = {"simulator": args.judge, "simulator_model": args.judge_model}
-    held = {}
     for user, settings in users.items():
         for name, (model, tokenizer) in models.items():
             if settings.items() <= vars(args).items():
@@ -408,7 +418,6 @@ def beyond(args, models: dict, dialogues: dict, results: dict) -> dict:
                 raise ValueError(f"--beyond, {user}: {error} ({transcripts[0]['dropped']})") from None
             result = {key: value for key, value in result.items() if not isinstance(value, dict)}
             results[name].setdefault("beyond", {})[user] = result
-    return held
 
 
 def hold(args, model, tokenizer) -> list[dict]:
@@ -418,7 +427,7 @@ def hold(args, model, tokenizer) -> list[dict]:
     chat = Chat(tokenizer, *instructions(args.think, args.examples))
     llm = LocalLLM(model, tokenizer, dtype) if args.simulator == "self" else None
     users = make_simulator(args, llm, args.user == "adversarial")
-    sampling = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, dtype=dtype)
+    sampling = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, dtype=dtype, slots=args.slots)
     transcripts = []
     for seed in range(args.seed, args.seed + args.seeds):
         seeds = [seed * 1_000_003 + i for i in range(len(profiles))]

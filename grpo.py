@@ -101,8 +101,8 @@ def update(policy, reference, optimizer, batch, advantages_N, args) -> dict:
     scale = world_size() / N
     for epoch in range(args.epochs):
         sums = dict.fromkeys(("policy_loss", "kl", "entropy", "approx_kl", "clip_fraction", "sampler_gap"), 0.0)
-        for rows, weight in micro_batches(batch, args.micro_tokens):
-            log_probs_n, entropy_n, index_n = policy(batch, rows)
+        for members, weight in micro_batches(batch, args.micro_tokens):
+            log_probs_n, entropy_n, index_n = policy(batch, members)
             if epoch == 0:
                 old_log_probs_N[index_n] = log_probs_n.detach()
             old_log_probs_n = old_log_probs_N[index_n]
@@ -110,7 +110,7 @@ def update(policy, reference, optimizer, batch, advantages_N, args) -> dict:
             sums["policy_loss"] += weight * loss_n.sum().item()
             if reference is not None:
                 with torch.no_grad():
-                    ref_log_probs_n, _, _ = reference(batch, rows)
+                    ref_log_probs_n, _, _ = reference(batch, members)
                 kl_n = kl_loss(log_probs_n, ref_log_probs_n, ratio_n)
                 loss_n = loss_n + args.kl * kl_n
                 sums["kl"] += weight * kl_n.sum().item()

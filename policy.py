@@ -409,15 +409,15 @@ def token_diagnostics(batch, index_n, ratio_n, entropy_n, old_log_probs_n, clip:
 
 
 class Policy(nn.Module):
-    """A causal LM as the thing that is trained: called with sequences, it returns the log-probs of the sampled tokens."""
+    """A causal LM as the thing that is trained: called with trees of a batch, it returns the log-probs of the sampled tokens."""
 
     def __init__(self, model, temperature: float = 1.0, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.model, self.temperature, self.dtype = model, temperature, dtype
 
-    def forward(self, batch, rows: list[int]):
+    def forward(self, batch, members: list[int]):
         """(log-probs (n,), entropies (n,), indices into N (n,)) of the sampled tokens of these trees, float32."""
-        hidden_n_D, index_n = sampled_hidden(self.model, batch, rows, self.dtype)
+        hidden_n_D, index_n = sampled_hidden(self.model, batch, members, self.dtype)
         with autocast(hidden_n_D.device.type, self.dtype):
             log_probs_n, entropy_n = token_log_probs(self.model, hidden_n_D, batch.id_N[index_n], self.temperature)
         return log_probs_n, entropy_n, index_n
@@ -430,10 +430,10 @@ class BaseOfLora(nn.Module):
         super().__init__()
         self.policy_and_handle = (policy, handle)  # in a tuple: not this module's to shard or save
 
-    def forward(self, batch, rows: list[int]):
+    def forward(self, batch, members: list[int]):
         policy, handle = self.policy_and_handle
         with handle.disable_adapter():
-            return policy(batch, rows)
+            return policy(batch, members)
 
 
 class Critic(nn.Module):
@@ -446,9 +446,9 @@ class Critic(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         self.value_head.to(next(model.parameters()).device)
 
-    def forward(self, batch, rows: list[int]):
+    def forward(self, batch, members: list[int]):
         """(values (n,) float32, indices into N (n,)): what the dialogue will still bring, seen before each sampled token."""
-        hidden_n_D, index_n = sampled_hidden(self, batch, rows, self.dtype)
+        hidden_n_D, index_n = sampled_hidden(self, batch, members, self.dtype)
         return self.value_head(hidden_n_D.float()).sum(-1), index_n
 
 

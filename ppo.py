@@ -85,11 +85,11 @@ def _before(reference, critic, batch, args):
     """(reference log-probs, values), each (N,), before any step. Without a reference the KL is 0."""
     device = critic.value_head.weight.device
     ref_log_probs_N, values_N = batch.sampler_log_probs_N.to(device).clone(), torch.zeros(len(batch), device=device)
-    for rows, _ in micro_batches(batch, args.micro_tokens):
+    for members, _ in micro_batches(batch, args.micro_tokens):
         if reference is not None:
-            log_probs_n, _, index_n = reference(batch, rows)
+            log_probs_n, _, index_n = reference(batch, members)
             ref_log_probs_N[index_n] = log_probs_n
-        values_n, index_n = critic(batch, rows)
+        values_n, index_n = critic(batch, members)
         values_N[index_n] = values_n
     return ref_log_probs_N, values_N
 
@@ -115,8 +115,8 @@ def update(policy, reference, critic, optimizer, critic_optimizer, batch, args) 
     advantages_N, returns_N = whiten(advantages_N, device).to(device), returns_N.to(device)
     for epoch in range(args.epochs):
         sums = dict.fromkeys(("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "sampler_gap"), 0.0)
-        for rows, weight in micro_batches(batch, args.micro_tokens):
-            log_probs_n, entropy_n, index_n = policy(batch, rows)
+        for members, weight in micro_batches(batch, args.micro_tokens):
+            log_probs_n, entropy_n, index_n = policy(batch, members)
             if epoch == 0:
                 old_log_probs_N[index_n] = log_probs_n.detach()
             old_log_probs_n = old_log_probs_N[index_n]
@@ -124,7 +124,7 @@ def update(policy, reference, critic, optimizer, critic_optimizer, batch, args) 
             sums["policy_loss"] += weight * loss_n.sum().item()
             (weight * scale * (loss_n - args.entropy * entropy_n).sum()).backward()
 
-            values_n, index_n = critic(batch, rows)
+            values_n, index_n = critic(batch, members)
             critic_loss_n = value_loss(values_n, old_values_N[index_n], returns_N[index_n], args.value_clip)
             sums["value_loss"] += weight * critic_loss_n.sum().item()
             (weight * scale * critic_loss_n.sum()).backward()

@@ -70,6 +70,8 @@ def strategies_in(reply: str, told: list[str], fired) -> set[str]:
     found, story = set(), set().union(*map(details_of, told))
     for rule, _, words in fired or [("", 0, sentence) for sentence in sentences_of(reply)]:
         act = rule.split(" ")[0]
+        if rule == "wrong feeling":
+            continue
         if act not in STRATEGIES and words:
             sentence = read_sentence(words, told, story)
             act = "" if sentence.act == "feeling" and not sentence.details else sentence.act.split()[-1]
@@ -169,8 +171,8 @@ def track(model, chat: Chat, transcripts: list[dict], dtype: torch.dtype) -> dic
     batch = SimpleNamespace(trees=trees, tree_N=torch.tensor(tree_N), predictor_N=torch.tensor(predictor_N))
     yes, no = (chat.text_ids(word)[0] for word in ("Yes", "No"))
     leaning_N = torch.zeros(len(tree_N))
-    for rows, _ in micro_batches(batch, max_tokens=6000):
-        hidden_n_D, index_n = sampled_hidden(model, batch, rows, dtype)
+    for members, _ in micro_batches(batch, max_tokens=6000):
+        hidden_n_D, index_n = sampled_hidden(model, batch, members, dtype)
         with autocast(hidden_n_D.device.type, dtype):
             logits_n_V = model.get_output_embeddings()(hidden_n_D).float()
         leaning_N[index_n] = (logits_n_V[:, yes] - logits_n_V[:, no]).cpu()
@@ -180,8 +182,8 @@ def track(model, chat: Chat, transcripts: list[dict], dtype: torch.dtype) -> dic
     names = {name for name, _, _ in answers}
     without = [balanced_accuracy([answer for answer in answers if answer[0] != name]) for name in names]
     result = {"messages": len(answers), "rose": sum(rose for _, rose, _ in answers), "score": None}
-    if score is not None and None not in without:
-        spread = sum((value - sum(without) / len(without)) ** 2 for value in without)
+    if score is not None:  # without a profile that holds all the rises, or all the falls, there is no jackknife
+        spread = math.nan if None in without else sum((value - mean(without)) ** 2 for value in without)
         result["score"] = [round(score, 2), round(math.sqrt(spread * (len(without) - 1) / len(without)), 2)]
     return result
 

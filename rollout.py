@@ -22,6 +22,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -185,8 +186,11 @@ def split_thinking(text: str, think: bool) -> tuple[str, str, bool]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+MESSAGE_TOKENS = 64  # of a user's message, foreseen in a slot
+
+
 class Slots(Cache):
-    """The KV cache of many dialogues: one slot each, with its own length, so that nothing is padded and nobody waits.
+    """The KV cache of many dialogues: one slot each, with its own length, so that nobody waits for a longer one.
 
     What every prompt begins with (system prompt and examples: the trunk) is held once for all slots. transformers' attention
     layers write to it through `update`; `attend` takes the place of their attention: FlashAttention's decoding kernel where
@@ -197,13 +201,17 @@ class Slots(Cache):
         super().__init__(layers=[])
         self.device = next(model.parameters()).device
         config = model.config
-        other = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+        windowed = ["sliding_attention"] if getattr(config, "sliding_window", None) else []
+        other = set(getattr(config, "layer_types", None) or windowed) - {"full_attention"}
         if other:
-            raise ModelError(f"{config.name_or_path}: has layers of {', '.join(other)}; only full attention is supported")
+            raise ModelError(
+                f"{config.name_or_path}: has layers of {', '.join(other)}; only full attention is supported"
+            )
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.backend = backend_for(self.device.type, dtype)
         columns += len(trunk_ids) if self.backend is flash else 0
-        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, columns, width)
+        shape = (config.num_hidden_layers, slots, kv_heads, columns, width)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2))
         self.length = [0] * slots  # tokens that each slot holds, without the trunk
         self.trunk_length = len(trunk_ids)
@@ -226,14 +234,18 @@ class Slots(Cache):
     def expect(self, slots: list[int], counts: list[int]) -> torch.Tensor:
         """Make room for counts[k] new tokens in slots[k], N in all; return their positions (N,)."""
         columns = [self.length[slot] + k for slot, count in zip(slots, counts) for k in range(count)]
-        while max(columns) >= self.keys.shape[3]:  # a user who talks longer than foreseen
-            self.keys, self.values = (torch.cat([x, torch.zeros_like(x)], dim=3) for x in (self.keys, self.values))
+        missing = max(columns) + 1 - self.keys.shape[3]
+        if (
+            missing > 0
+        ):  # a user who talks longer than foreseen; one after the other, so that one is held twice, not both
+            self.keys = F.pad(self.keys, (0, 0, 0, missing + 4 * MESSAGE_TOKENS))
+            self.values = F.pad(self.values, (0, 0, 0, missing + 4 * MESSAGE_TOKENS))
         owners = [slot for slot, count in zip(slots, counts) for _ in range(count)]
         self.slot_N = torch.tensor(owners, device=self.device)
         self.column_N = torch.tensor(columns, device=self.device)
         for slot, count in zip(slots, counts):
             self.length[slot] += count
-        first = [sum(counts[:k]) for k in range(len(counts))]  # place of each piece among the N
+        first = list(accumulate(counts, initial=0))  # place of each piece among the N
         single, longer = ([k for k, count in enumerate(counts) if (count > 1) is many] for many in (False, True))
         # Replies that grow by one token are attended to apart from new pieces: they are not padded to the pieces' length.
         self.groups = [self._group(slots, counts, first, members) for members in (single, longer) if members]
@@ -248,8 +260,16 @@ class Slots(Cache):
         # Slots in a row are a view of the cache, others a copy.
         in_a_row = slots == list(range(slots[0], slots[0] + len(slots)))
         index_B = slice(slots[0], slots[-1] + 1) if in_a_row else torch.tensor(slots, device=self.device)
-        held = max(self.length[slot] for slot in slots)
-        return Pieces(index_B, place_B_W, real_n, self.column_N[place_B_W], held)
+        column_L = torch.arange(max(self.length[slot] for slot in slots), device=self.device)
+        column_B_W = self.column_N[place_B_W]
+        return Pieces(
+            index_B,
+            place_B_W,
+            real_n,
+            column_L > column_B_W[:, :, None],
+            self.slot_N[place_B_W[:, -1]].int(),
+            (column_B_W[:, -1] + 1).int(),
+        )
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Write keys and values (1, heads, N, width) of the expected tokens."""
@@ -278,47 +298,45 @@ class Slots(Cache):
 
 @dataclass
 class Pieces:
-    """New tokens of B slots, W at most, padded on the left by repeating the first."""
+    """New tokens of B slots, W at most. For attention alone they are padded, on the left, by repeating the first."""
 
     slots: slice | torch.Tensor  # (B,)
     place_B_W: torch.Tensor  # among the N tokens of this pass
     real_n: torch.Tensor  # which of the B x W are no padding
-    column_B_W: torch.Tensor  # in the slot
-    held: int  # the longest slot's tokens
+    unseen_B_W_L: torch.Tensor  # columns of the slot that come after the token; L is the longest slot's length
+    slot_B: torch.Tensor  # the same as `slots`, int32
+    length_B: torch.Tensor  # of each slot, int32
 
 
 def products(slots: Slots, layer: int, pieces: Pieces, query_B_W, scaling: float):
     """Attention written out, (B, W, heads, width) -> the same shape. The trunk is one matrix product for all slots."""
     B, W, heads, width = query_B_W.shape
+    L = pieces.unseen_B_W_L.shape[2]
     trunk_keys, trunk_values = slots.trunk[layer]  # (K, P, width): K key-value heads, each of G query heads
     K, P, _ = trunk_keys.shape
-    keys = slots.keys[layer][pieces.slots, :, : pieces.held]  # (B, K, L, width)
-    values = slots.values[layer][pieces.slots, :, : pieces.held]
-    query_B_K = (
-        query_B_W.view(B, W, K, -1, width).permute(0, 2, 3, 1, 4).reshape(B, K, -1, width) * scaling
-    )  # (.., G W, ..)
-    column_L = torch.arange(pieces.held, device=keys.device)
-    hidden_B_1_1_W_L = (column_L > pieces.column_B_W[..., None])[:, None, None]
-    on_own = (query_B_K @ keys.transpose(2, 3)).view(B, K, -1, W, pieces.held)
-    on_own = on_own.masked_fill(hidden_B_1_1_W_L, float("-inf")).flatten(2, 3)  # (B, K, G W, L)
-    on_trunk = query_B_K.transpose(0, 1).reshape(K, -1, width) @ trunk_keys.transpose(1, 2)  # (K, B G W, P)
-    on_trunk = on_trunk.view(K, B, -1, P).transpose(0, 1)  # (B, K, G W, P)
+    G = heads // K
+    keys = slots.keys[layer][pieces.slots, :, :L]  # (B, K, L, width)
+    values = slots.values[layer][pieces.slots, :, :L]
+    query_B_K = query_B_W.view(B, W, K, G, width).permute(0, 2, 3, 1, 4).reshape(B, K, G * W, width) * scaling
+    on_own = (query_B_K @ keys.transpose(2, 3)).view(B, K, G, W, L)
+    on_own = on_own.masked_fill(pieces.unseen_B_W_L[:, None, None], float("-inf")).view(B, K, G * W, L)
+    on_trunk = query_B_K.transpose(0, 1).reshape(K, B * G * W, width) @ trunk_keys.transpose(1, 2)
+    on_trunk = on_trunk.view(K, B, G * W, P).transpose(0, 1)
     weights = torch.cat([on_trunk, on_own], dim=-1).float().softmax(-1).to(values.dtype)
-    trunk_weights, own_weights = weights.split([P, pieces.held], dim=-1)
-    from_trunk = trunk_weights.transpose(0, 1).reshape(K, -1, P) @ trunk_values  # (K, B G W, width)
-    read = from_trunk.view(K, B, -1, width).transpose(0, 1) + own_weights @ values  # (B, K, G W, width)
-    return read.view(B, K, -1, W, width).permute(0, 3, 1, 2, 4).reshape(B, W, heads, width)
+    trunk_weights, own_weights = weights.split([P, L], dim=-1)
+    from_trunk = trunk_weights.transpose(0, 1).reshape(K, B * G * W, P) @ trunk_values
+    read = from_trunk.view(K, B, G * W, width).transpose(0, 1) + own_weights @ values  # (B, K, G W, width)
+    return read.view(B, K, G, W, width).permute(0, 3, 1, 2, 4).reshape(B, W, heads, width)
 
 
 def flash(slots: Slots, layer: int, pieces: Pieces, query_B_W, scaling: float):
     """The same by FlashAttention's decoding kernel, which reads slots in place; the trunk must be in each of them."""
-    last_B = pieces.place_B_W[:, -1]
     return flash_attn_with_kvcache(
         query_B_W,
         slots.keys[layer].transpose(1, 2),  # (slots, columns, K, width)
         slots.values[layer].transpose(1, 2),
-        cache_seqlens=(slots.column_N[last_B] + 1).int(),
-        cache_batch_idx=slots.slot_N[last_B].int(),
+        cache_seqlens=pieces.length_B,
+        cache_batch_idx=pieces.slot_B,
         softmax_scale=scaling,
         causal=True,  # aligned at the last token, so that padding on the left sees too little, and is dropped
     )
@@ -340,11 +358,13 @@ class FewRows(TorchFunctionMode):
     """On a CPU, x W^T of a few rows in float32 is up to three times slower than the same product as (W x^T)^T."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.linear and args[0].dtype == torch.float32 and 4 <= args[0].numel() // args[0].shape[-1] <= 64:
-            x, weight, bias = (*args, None)[:3]
-            product = (weight @ x.flatten(0, -2).T).T.reshape(*x.shape[:-1], -1)
-            return product if bias is None else product + bias
-        return function(*args, **(kwargs or {}))
+        if function is not F.linear or kwargs or args[0].dtype != torch.float32:
+            return function(*args, **(kwargs or {}))
+        x, weight, bias = (*args, None)[:3]
+        if not 4 <= x.shape[:-1].numel() <= 64:
+            return function(*args)
+        product = (weight @ x.flatten(0, -2).T).T.reshape(*x.shape[:-1], -1)
+        return product if bias is None else product + bias
 
 
 class Generator:
@@ -404,8 +424,8 @@ def draw(logits_B_V, temperature: float, uniform_B):
 class LocalLLM:
     """Answers a PromptedSimulator's questions with a model in this process, all waiting dialogues in one batch, greedily.
 
-    The sections' headings are written for the model, a section ends at the end of its line, and of the changes -10 to 10
-    the likeliest is taken, so that even a small model's answer can be read.
+    The sections' headings are written for the model, a section ends at the end of its line, and only a change from -10 to 10
+    can be spelled, so that even a small model's answer can be read.
     """
 
     CHANGES = [f" {change}\n" for change in range(-10, 11)]
@@ -448,7 +468,7 @@ class LocalLLM:
             if system not in self.chats:
                 self.chats[system] = Chat(self.tokenizer, system)
             prompts.append(self.chats[system].opening(text))
-        stop_ids = self.line_ends + self.chats[questions[0][0]].stop_ids
+        stop_ids = {*self.line_ends, *self.chats[questions[0][0]].stop_ids}
         trunk = min(common_prefix(prompts), min(map(len, prompts)) - 1)
         generator = Generator(self.model, self.dtype, slots=len(prompts), trunk_ids=prompts[0][:trunk])
         pieces = [prompt[trunk:] for prompt in prompts]
@@ -498,9 +518,6 @@ class LocalLLM:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-MESSAGE_TOKENS = 64  # of a user's message, foreseen in a slot
-
-
 @dataclass
 class Reply:
     """A reply in the making. `piece` are the ids that its slot does not hold yet."""
@@ -520,7 +537,8 @@ def next_prompt(chat, dialogue: Dialogue, think: bool) -> tuple[list[int], int]:
     if not dialogue.turns:
         return chat.opening(dialogue.user.messages[0]) + thinking_ids, len(chat.head)
     turn = dialogue.turns[-1]
-    between = chat.between(turn.reaction.message, turn.stopped and not think) + thinking_ids
+    closed = turn.sampled_ids[-1] == chat.stop_id and not think  # not by the token limit, nor by another stop id
+    between = chat.between(turn.reaction.message, closed) + thinking_ids
     if think:  # later turns see the reply without its thinking
         history = turn.prompt_ids[: len(turn.prompt_ids) - len(thinking_ids)]
         return history + chat.text_ids(turn.reply) + between, len(history)
@@ -561,10 +579,12 @@ def rollout(
     called at each dialogue's end (for a progress bar).
 
     There is no barrier between turns: each pass takes one more token of every reply in the making, and the messages of the
-    users who have answered meanwhile. At most `slots` dialogues are held at once (None: all); the next one takes the slot of
+    users who have answered meanwhile (users played in this process answer when nobody speaks, all at once). At most `slots` dialogues are held at once (None: all); the next one takes the slot of
     one that has ended.
     """
     dialogues = [Dialogue(User(profile, protocol.start), protocol.start) for profile in profiles]
+    if not profiles:
+        return []
     randoms = [torch.Generator().manual_seed(seed) for seed in seeds]
     free = list(range(min(slots or len(profiles), len(profiles))))
     columns = protocol.turns * (max_new_tokens + MESSAGE_TOKENS)
@@ -610,6 +630,7 @@ def rollout(
             wait(listening, return_when=FIRST_COMPLETED)
             continue
 
+        speaking.sort(key=lambda reply: reply.slot)  # neighbours in the cache are read without a copy
         logits_B_V = generator.feed([reply.slot for reply in speaking], [reply.piece for reply in speaking])
         uniform_B = torch.tensor(
             [reply.uniforms[len(reply.sampled_ids)] for reply in speaking], device=generator.device

@@ -237,6 +237,21 @@ RELATIVES = {
     "aunt": "aunt auntie aunt's",
     "cousin": "cousin cousins cousin's",
 }
+INVERSE = {
+    "son": ("mother", "father"),
+    "daughter": ("mother", "father"),
+    "mother": ("son", "daughter"),
+    "father": ("son", "daughter"),
+    "husband": ("wife",),
+    "wife": ("husband",),
+}  # who has a son may be called his mother
+CALENDAR = set(
+    "Monday Tuesday Wednesday Thursday Friday Saturday Sunday January February March April May June July August September "
+    "October November December Christmas Easter God".split()
+)
+SUBJECTS = dict.fromkeys("i we i'm i've i'd we've we'd".split(), "theirs") | {"": "unsaid"}
+SUBJECTS |= dict.fromkeys("he she they it who he's she's they've he'd she'd they'd".split(), "another's")
+OWNERS = dict.fromkeys(("my", "our"), "theirs") | dict.fromkeys(("his", "her", "their"), "another's") | {"": "unsaid"}
 ANY_PAIN = "hard tough difficult rough awful terrible horrible".split()  # pain without a name fits every feeling
 
 FUNCTION_WORDS = set(
@@ -399,28 +414,30 @@ def same_phrase(sentence: str, earlier: str) -> bool:
 
 
 def invents(sentence: str, life: str) -> bool:
-    """Whether it speaks of a relative, a name or a number that does not occur in the person's life."""
+    """Whether it speaks of a relative or a name that does not occur in the person's life."""
+    known = {RELATIVE_OF[word] for word in words_of(life) if word in RELATIVE_OF}
+    known |= {inverse for family in known for inverse in INVERSE.get(family, ())}
     relatives = {RELATIVE_OF[word] for word in words_of(sentence) if word in RELATIVE_OF}
-    names_and_numbers = re.findall(r"(?<=[a-z,;] )[A-Z][a-z]{2,}|\d+", sentence)
-    return bool(relatives - {RELATIVE_OF[word] for word in words_of(life) if word in RELATIVE_OF}) or any(
-        name not in life for name in names_and_numbers
-    )
+    names = re.findall(r"(?<=[a-z,;] )[A-Z][a-z]{2,}", sentence)
+    return bool(relatives - known) or any(name not in life and name not in CALENDAR for name in names)
 
 
 def twists(sentence: str, told: list[str]) -> bool:
     """Whether it says of the person what they told of another: "the bell you hung", "your son" after "he hung it for his son"."""
     lower = sentence.lower().replace("’", "'")
-    did = re.findall(r"\byou(?:'ve|'d| have| had| just| also| even)? ([a-z]{3,})\b", lower)
-    claims = [(word, {"i", "we", "i've", "i'd"}, 5) for word in did if word not in FUNCTION_WORDS | GENERIC_WORDS]
-    claims += [(word, {"my", "our"}, 4) for word in re.findall(r"\byour ([a-z]+)\b", lower) if word in RELATIVE_OF]
-    for word, own, back in claims:
-        before = [
-            set(words[max(0, k - back) : k])
-            for words in map(words_of, told)
-            for k, other in enumerate(words)
-            if stem(other) == stem(word)
-        ]
-        if before and not any(words & own for words in before):
+    did = re.findall(r"(?<!if )(?<!when )\byou(?:'ve|'d| have| had| just| also| even)? ([a-z]{3,})\b", lower)
+    claims = [(word, SUBJECTS) for word in did if word not in FUNCTION_WORDS | GENERIC_WORDS]
+    claims += [(word, OWNERS) for word in re.findall(r"\byour ([a-z]+)\b", lower) if word in RELATIVE_OF]
+    sentences = [words_of(part) for message in told for part in sentences_of(message)]
+    for word, persons in claims:
+        # Whose it was, wherever they said that word: the nearest "I", "he", "my", "his", ... before it.
+        whose = {
+            persons[next((other for other in reversed(words[:k]) if other in persons), "")]
+            for words in sentences
+            for k, told_word in enumerate(words)
+            if stem(told_word) == stem(word)
+        }
+        if whose == {"another's"}:
             return True
     return False
 
@@ -444,7 +461,7 @@ def longest_copy(sentence: str, told: list[str]) -> int:
 @dataclass(frozen=True)
 class Sentence:
     """What one sentence of a reply does. `details` are the stems of this person's story that it brings in afresh; it strays
-    if it asks or offers to hear of as many things that are not in the story."""
+    if it wants to hear of at least as many things that are not in the story."""
 
     text: str
     act: str
@@ -462,9 +479,9 @@ def read_sentence(text: str, told: list[str], story: set[str]) -> Sentence:
     vague_pain = any(word in ANY_PAIN for word in words)
 
     def sentence(act):
-        strange = details_of(ACTS[act].sub(" ", lower) if act in ACTS else lower) - set().union(*map(details_of, told))
-        strays = act in ("presence", "question", "reflect") and len(strange) >= max(1, len(details))
-        return Sentence(text, act, details, strays)
+        wanted = re.search(r"\b(?:about|hear) (?!you\b|about\b)(.*)", lower) if act == "presence" else None
+        strange = details_of(wanted[1]) - set().union(*map(details_of, told)) if wanted else ()
+        return Sentence(text, act, details, strays=len(strange) >= max(1, len(details)))
 
     if not words or _garbled(words):
         return sentence("garbled")
@@ -552,7 +569,7 @@ RULES = {rule.name: rule for rule in (
     Rule("question 1", "asks an open question about a detail",                 ( 1,  1,  3, -2, -1,  0,  1,  0), "You want to know more."),
     # What costs. The signs are those measured on the public appraisals.
     Rule("formula",    "a phrase that fits everybody",                         (-2, -2, -2, -3, -3, -3, -1, -2), "You say that to everybody."),
-    Rule("habit",      "kind once more in a way they did not come for",        (-1, -1, -1, -1, -1, -1, -1, -1), "Nice, but not what I need."),
+    Rule("habit",      "kind once more in a way they did not come for",        (-2, -2, -2, -2, -2, -2, -2, -2), "Nice, but not what I need."),
     Rule("vague advice", "tells them what to do, without their details",       (-1, -2, -2, -2, -2, -1, -1, -2), "I did not come for general tips."),
     Rule("speculation", "guesses at the other's motives out of thin air",      (-2, -2, -1, -3, -2, -2,  0, -1), "You don't even know them."),
     Rule("vague",      "names pain, or asks, in words for anybody",            (-1, -1,  0, -2, -1, -1, -1, -1), "Yes, well."),

@@ -74,7 +74,16 @@ from policy import (
 from probes import guard
 from report import write_report
 from rollout import MESSAGE_TOKENS, LocalLLM, instructions, make_batch, rollout
-from simulator import RLVER, ProfileError, Protocol, UserBroken, add_simulator_flags, load_profiles, make_simulator
+from simulator import (
+    RLVER,
+    SAGE,
+    ProfileError,
+    Protocol,
+    UserBroken,
+    add_simulator_flags,
+    load_profiles,
+    make_simulator,
+)
 
 MOST_DROPPED = 0.5  # share of a step's dialogues whose user may break down
 DATA = Path(__file__).parent / "data"
@@ -379,12 +388,13 @@ def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
 
     ranks, width = max(1, gpus), 2 if gpus else 4  # bytes of a number in the compute dtype
     base = width if args.lora and ranks == 1 else 4  # of a weight
-    rows = args.batch // ranks
+    rows = max(1, args.batch // ranks)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     key_width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     head = 40 + 35 * args.examples  # tokens before the dialogue
     columns = head + args.turns * (args.max_new_tokens + 45)  # of a dialogue's history
-    slot = args.turns * (args.max_new_tokens + MESSAGE_TOKENS)  # tokens that the cache holds of each dialogue
+    slot = args.turns * (args.max_new_tokens + MESSAGE_TOKENS)  # tokens that the cache holds of each dialogue ...
+    slot += head if gpus else 0  # ... which on a GPU, for FlashAttention, begins with what all have in common
     together = max(1, args.micro_tokens // columns)  # dialogues in a forward pass
     shared = 0 if args.checkpointing or ranks > 1 else head  # computed once for all of them
     tokens = shared + together * (columns - shared)
@@ -418,7 +428,7 @@ def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
         "update: gathered layers": gathered,
     }
     plan = {name: size / 1e9 for name, size in plan.items()}
-    room = args.gpu_memory - sum(size for name, size in plan.items() if ":" not in name)
+    room = 0.9 * args.gpu_memory - sum(size for name, size in plan.items() if ":" not in name)
     slots = min(rows, args.slots or max(1, int(rows * room / plan["rollout: KV cache"])))
     plan["rollout: KV cache"] *= slots / rows
     phases = [sum(size for name, size in plan.items() if name.startswith(phase)) for phase in ("rollout", "update")]
@@ -574,11 +584,12 @@ def train(args) -> None:
 
     # Held-out dialogues are sampled as in training, because that is the policy that was trained.
     sampling = dict(think=args.think, max_new_tokens=args.max_new_tokens, temperature=args.temperature, dtype=dtype)
+    longer_slots = max(1, slots * args.turns // SAGE.turns)  # of held-out dialogues, in the same memory
 
     def held_out(sampler, profiles) -> list[dict]:
         mine = range(rank, len(profiles), ranks)
         seeds = [seed_of(args, -1, i) for i in mine]
-        held = evaluate(sampler, chat, simulator, [profiles[i] for i in mine], seeds, **sampling)
+        held = evaluate(sampler, chat, simulator, [profiles[i] for i in mine], seeds, slots=longer_slots, **sampling)
         rows = gather_object([(i, dialogue.transcript()) for i, dialogue in zip(mine, held)])
         return [transcript for _, transcript in sorted(rows, key=lambda row: row[0])]
 
@@ -669,8 +680,11 @@ def train(args) -> None:
             break
 
     if not args.no_eval:
+        models.optimizers.clear()  # their memory is free for the best model
         sampler = load_model(str(out / "best"), device, dtype)[0] if best.exists() else models.sampler
         after = held_out(sampler, test_profiles)
+        if main_process:
+            write_json(out / "after.json", after)
         if main_process and (out / "before.json").exists():
             whole = ranks == 1 and isinstance(models.reference, Policy)  # else the base is not at hand: no KL here
             ordinary = guard(sampler, models.tokenizer, models.reference.model if whole else None)
@@ -690,7 +704,6 @@ def broken_users(dialogues, share: int) -> str:
 
 def report(out: Path, before: list[dict], after: list[dict], ordinary: dict) -> None:
     """Print and store what training has changed for the held-out users, and on ordinary text (probes.guard)."""
-    write_json(out / "after.json", after)
     for transcript in after[:3]:
         print_dialogue(transcript)
     print()

@@ -61,8 +61,8 @@ def slow_log_probs(model, batch, temperature):
 
 def fast_log_probs(model, batch, micro_tokens, temperature=0.8):
     result = torch.zeros(len(batch))
-    for rows, _ in micro_batches(batch, micro_tokens):
-        hidden, index = sampled_hidden(model, batch, rows, torch.float32)
+    for members, _ in micro_batches(batch, micro_tokens):
+        hidden, index = sampled_hidden(model, batch, members, torch.float32)
         result = result.index_put((index,), token_log_probs(model, hidden, batch.id_N[index], temperature)[0])
     return result
 
@@ -137,7 +137,7 @@ def test_packed_trees_do_not_see_each_other():
 
 def test_micro_batches_cover_everything_and_start_with_the_longest():
     batch = ragged()
-    groups = [rows for rows, _ in micro_batches(batch, 40)]
+    groups = [members for members, _ in micro_batches(batch, 40)]
     assert sorted(row for group in groups for row in group) == [0, 1, 2, 3]
     longest = max(range(4), key=lambda row: len(batch.trees[row]))
     assert longest in groups[0]

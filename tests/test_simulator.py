@@ -329,6 +329,30 @@ def test_a_good_listener_serves_the_hidden_intention(profiles, intention):
             )
 
 
+KIND = [  # (id, what they have told, a kind reply that gets the story right)
+    ("test-001", 8, "It took courage that you begged him for a few words."),
+    ("test-001", 7, "You cut his nails when nobody else would."),
+    ("test-001", 3, "When you write to Rafiq again, mention the card."),
+    ("test-001", 3, "Rafiq was a loving son once, perhaps his father hurt him."),
+]
+TWISTED = [
+    ("test-001", 1, "I'd like to hear about your son Rafiq's letters."),
+    ("test-002", 1, "I'd love to hear about the brass bell you hung over your kitchen table."),
+    ("test-003", 1, "I'd love to hear about your brother's video."),
+    ("test-001", 1, "Tell me about your grandmother's letters."),
+]
+
+
+@pytest.mark.parametrize("twisted, cases", [(False, KIND), (True, TWISTED)])
+def test_a_story_turned_around_is_noticed_and_one_told_right_is_not(profiles, twisted, cases):
+    for name, messages, reply in cases:
+        profile = next(profile for profile in profiles if profile.id == name)
+        user = RulesSimulator().open(profile, 40).result()
+        user.messages = [profile.first_talk, *profile.facts][:messages]
+        fired = [rule for rule, _, _ in appraise(user, reply).fired]
+        assert ("invented" in fired) is twisted, (reply, fired)
+
+
 # --- cheap tricks -----------------------------------------------------------------------------------------------------
 
 FORMULAS = [
@@ -399,6 +423,20 @@ NONSENSE = [
 def test_cheap_tricks_end_below_30(profiles, trick, intention):
     mean, _ = mean_final(profiles[:24], intention, TRICKS[trick])
     assert mean < 30
+
+
+MOULDS = {  # one frame with two slots, all the time: (the frame, intentions that it does serve)
+    "Tell me about the {0} and the {1}.": ("listen",),
+    "You were so patient with the {0} and the {1}. Tell me about the {1} and the {0}. Maybe they did it because of the {0} "
+    "and the {1}.": ("listen", "praise", "motives"),
+}
+
+
+@pytest.mark.parametrize("mould", MOULDS)
+def test_a_mould_ends_below_30_on_every_intention_that_it_does_not_serve(profiles, mould):
+    for intention in INTENTIONS.keys() - set(MOULDS[mould]):
+        mean, _ = mean_final(profiles[:24], intention, lambda turn, user: mould.format(*topic(user)))
+        assert mean < 30, intention
 
 
 @pytest.mark.parametrize("nonsense", NONSENSE)
