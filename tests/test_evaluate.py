@@ -158,7 +158,8 @@ def test_every_rule_that_serves_an_intention_belongs_to_a_strategy():
 def test_a_real_reply_and_its_transcript_agree_on_the_strategy(profiles):
     simulator = RulesSimulator()
     user = simulator.open(profiles[0], 40).result()
-    reply = "It leaves you lonely that the letters were never his."
+    assert "guilty" in profiles[0].feelings
+    reply = "It leaves you guilty that the letters were never his."
     fired = simulator.submit(user, reply).result().appraisal.fired
     assert (
         probes.strategies_in(reply, user.messages[:1], fired)
