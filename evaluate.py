@@ -167,10 +167,14 @@ def evaluate(
         )
 
 
-def read_transcripts(path: str) -> list[dict]:
-    """Transcripts of one file, JSON lines or (before.json) one list, each checked by replaying its changes. Raises
-    ValueError naming file and line."""
-    transcripts, content = [], Path(path).read_text(encoding="utf-8").strip("\n")
+def read_transcripts(path: str) -> list[tuple[dict, list[str]]]:
+    """(transcript, what in it does not add up) for each of a file, JSON lines or one list (before.json).
+
+    Per reply, the change must be the clamped sum of the fired rules' points (a prompted user logs its reasons instead). Per
+    dialogue, the emotions must follow from the changes, and the final one, 0 after a broken format, is the reward x 100.
+    Raises ValueError naming file and line.
+    """
+    content, checked = Path(path).read_text(encoding="utf-8").strip("\n"), []
     try:
         lines = [json.dumps(row) for row in json.loads(content)] if content.startswith("[") else content.split("\n")
     except ValueError as error:
@@ -178,47 +182,37 @@ def read_transcripts(path: str) -> list[dict]:
     for number, line in enumerate(lines, 1):
         try:
             transcript = json.loads(line)
-            points = [m["emotion-point"] for m in transcript["history"] if "emotion-point" in m]
-            changes = [m["planning"]["change"] for m in transcript["history"] if "planning" in m]
-            replayed = replay(points[0], changes)
             transcript["emo_point"] = int(transcript["emo_point"])
-        except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"{path}: line {number}: not a transcript ({error!r:.80})") from None
-        if replayed != points:
-            raise ValueError(f"{path}: line {number}: the logged emotions do not follow from the logged changes")
-        transcripts.append(transcript)
-    return transcripts
-
-
-def verify(path: str) -> list[str]:
-    """Re-derive a run's emotions and rewards from its logged appraisals; return what does not add up, one line each.
-
-    Per reply: the change is the clamped sum of the fired rules' points (a prompted user logs its reasons instead). Per
-    dialogue: the emotions follow from the changes, and the final emotion, 0 after a broken format, is the reward x 100.
-    """
-    problems = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").strip("\n").split("\n"), 1):
-        try:
-            transcript = json.loads(line)
             where = f"{path}: line {number}: {transcript['id']}"
-            users = [message for message in transcript["history"] if message["role"] == "user"]
-            changes = []
-            for turn, message in enumerate(users[1:], 1):
-                change, fired = message["planning"]["change"], message["planning"].get("fired")
-                if fired and change != min(10, max(-10, sum(points for _, points, _ in fired))):
-                    problems.append(f"{where}: turn {turn}: the change {change:+d} is not the sum of the fired rules")
-                changes.append(change)
-            emotions = replay(users[0]["emotion-point"], changes)
-            for turn, (message, emotion) in enumerate(zip(users, emotions)):
-                if message["emotion-point"] != emotion:
-                    logged = message["emotion-point"]
-                    problems.append(f"{where}: turn {turn}: the logged emotion {logged} should be {emotion}")
-            final = emotions[-1] if transcript.get("format_ok", True) else 0
-            if int(transcript["emo_point"]) != final and not transcript.get("dropped"):
-                problems.append(f"{where}: the final emotion {transcript['emo_point']} should be {final}")
+            checked.append((transcript, [f"{where}: {problem}" for problem in problems_in(transcript)]))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: line {number}: not a transcript ({error!r:.80})") from None
+    return checked
+
+
+def problems_in(transcript: dict) -> list[str]:
+    problems, changes = [], []
+    users = [message for message in transcript["history"] if message["role"] == "user"]
+    for turn, message in enumerate(users[1:], 1):
+        change, fired = message["planning"]["change"], message["planning"].get("fired")
+        if fired and change != min(10, max(-10, sum(points for _, points, _ in fired))):
+            problems.append(f"turn {turn}: the change {change:+d} is not the sum of the fired rules")
+        changes.append(change)
+    emotions = replay(users[0]["emotion-point"], changes)
+    for turn, (message, emotion) in enumerate(zip(users, emotions)):
+        if message["emotion-point"] != emotion:
+            problems.append(f"turn {turn}: the logged emotion {message['emotion-point']} should be {emotion}")
+    final = emotions[-1] if transcript.get("format_ok", True) else 0
+    if transcript["emo_point"] != final and not transcript.get("dropped"):
+        problems.append(f"the final emotion {transcript['emo_point']} should be {final}")
     return problems
+
+
+def transcripts_that_add_up(path: str) -> list[dict]:
+    for _, problems in (checked := read_transcripts(path)):
+        if problems:
+            raise ValueError(problems[0])
+    return [transcript for transcript, _ in checked]
 
 
 def print_table(results: dict[str, dict]) -> None:
@@ -312,14 +306,14 @@ def _run(args) -> int:
             if earlier["definition"].get(key) != value:
                 print(f"note: {key} was {earlier['definition'].get(key)} and is {value}: the scores may differ")
     if args.verify:
-        problems = verify(args.verify)
+        problems = [problem for _, found in read_transcripts(args.verify) for problem in found]
         print("\n".join(problems) or f"{args.verify}: every emotion and reward adds up")
         return 1 if problems else 0
     check(args)
     models = {}
     if args.transcripts:
         unique = len({Path(path).stem for path in args.transcripts}) == len(args.transcripts)
-        dialogues = {Path(path).stem if unique else path: read_transcripts(path) for path in args.transcripts}
+        dialogues = {Path(path).stem if unique else path: transcripts_that_add_up(path) for path in args.transcripts}
     else:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         names = [args.model] + ([args.against] if args.against else [])

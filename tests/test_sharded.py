@@ -34,9 +34,11 @@ def command(folder, out, *flags, ranks=1):
     return [sys.executable, *launcher, str(ROOT / "train.py"), *flags]
 
 
-def run(*arguments, **settings):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(*arguments, **settings), capture_output=True, text=True, env=environment, timeout=300)
+def run(*arguments, ranks=1):
+    if ranks == 1:  # in this process: no imports anew
+        assert train.main(command(*arguments)[2:]) == 0
+        return
+    done = subprocess.run(command(*arguments, ranks=ranks), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -71,12 +73,21 @@ def test_two_ranks_equal_one_process(flags, ragged_folder, tmp_path):
     assert [row["step"] for row in metrics_of(tmp_path / "two")] == [0, 1, 2, 3]
 
 
+KILLED = ("--algo", "grpo", "--group", "2", "--steps", "4", "--save-every", "1")
+
+
+@pytest.fixture(scope="module")
+def whole(ragged_folder, tmp_path_factory):
+    """The uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run(ragged_folder, out, *KILLED)
+    return out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["rollout", "update", "checkpoint"])
-def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(moment, ragged_folder, tmp_path):
+def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(moment, whole, ragged_folder, tmp_path):
     """kill -9 in the third step; the finished run then equals an uninterrupted one, metric by metric."""
-    flags = ("--algo", "grpo", "--group", "2", "--steps", "4", "--save-every", "1")
-    run(ragged_folder, tmp_path / "whole", *flags)
     hook = tmp_path / "hook"
     hook.mkdir()
     # Wait for the signal inside the function where the run is to die.
@@ -96,7 +107,7 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(moment, ragged
         f"{target} = dying\n"
         "sys.exit(train.main(sys.argv[1:]))\n"
     )
-    arguments = command(ragged_folder, tmp_path / "killed", *flags)[2:]
+    arguments = command(ragged_folder, tmp_path / "killed", *KILLED)[2:]
     process = subprocess.Popen([sys.executable, str(hook / "die.py"), *arguments], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (hook / "now").exists() and process.poll() is None and time.monotonic() < deadline:
@@ -104,12 +115,12 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(moment, ragged
     assert (hook / "now").exists()
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    run(ragged_folder, tmp_path / "killed", *flags, "--resume")
-    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
-    for a, b in zip(parameters_of(tmp_path / "killed"), parameters_of(tmp_path / "whole")):
+    run(ragged_folder, tmp_path / "killed", *KILLED, "--resume")
+    assert metrics_of(tmp_path / "killed") == metrics_of(whole)
+    for a, b in zip(parameters_of(tmp_path / "killed"), parameters_of(whole)):
         assert all(torch.equal(a[name], b[name]) for name in a)
     read = lambda folder: (folder / "transcripts.jsonl").read_text()  # noqa: E731
-    assert read(tmp_path / "killed") == read(tmp_path / "whole")
+    assert read(tmp_path / "killed") == read(whole)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
