@@ -579,8 +579,8 @@ def rollout(
     called at each dialogue's end (for a progress bar).
 
     There is no barrier between turns: each pass takes one more token of every reply in the making, and the messages of the
-    users who have answered meanwhile (users played in this process answer when nobody speaks, all at once). At most `slots` dialogues are held at once (None: all); the next one takes the slot of
-    one that has ended.
+    users who have answered meanwhile (users played in this process answer when nobody speaks, all at once). At most `slots`
+    dialogues are held at once (None: all); the next one takes the slot of one that has ended.
     """
     dialogues = [Dialogue(User(profile, protocol.start), protocol.start) for profile in profiles]
     if not profiles:

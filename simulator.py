@@ -63,8 +63,9 @@ class ProfileError(ValueError):
 class Profile:
     """One person, in the public schema (`id` to `first_talk`) plus what only the offline user needs (`name` to `blameless`).
 
-    A prompted user opens by itself where `first_talk` is empty, as in the official train split. `facts` are the messages that follow `first_talk`, one per turn. `feelings` are keys of FEELINGS. The last seven
-    fields are clauses about the person ("you"), against which a reply that serves the hidden intention is matched.
+    A prompted user opens by itself where `first_talk` is empty, as in the official train split. `facts` are the messages that
+    follow `first_talk`, one per turn. `feelings` are keys of FEELINGS. The last seven fields are clauses about the person
+    ("you"), against which a reply that serves the hidden intention is matched.
     """
 
     id: str
@@ -348,7 +349,8 @@ ACTS = {
     "presence": (
         r"\bi('m| am) (right |still |all )*(here|listening|with you|by your side|all ears)|\bi hear you|tell me "
         r"(more|about|all|what|everything)|take (all )?(your|the) time|go on\b|keep (talking|going)|let it (all )?out|"
-        r"get it (all )?out|i('d| would) (like|love) to hear(?! (that|i|you|he|she|they|we)\b)|i want to hear|i('m| am) glad you (told|are telling|said)|"
+        r"get it (all )?out|i('d| would) (like|love) to hear(?! (that|i|you|he|she|they|we)\b)|i want to hear|"
+        r"i('m| am) glad you (told|are telling|said)|"
         r"sending you|hug|i('ll| will) (listen|stay|sit)|i('m| am) staying|you can (tell|say|talk)"
     ),
     "advice": (
@@ -1207,7 +1209,8 @@ class ServerLLM:
             return end.value
 
     def answer(self, system: str, text: str, sections: tuple[str, ...], integers: tuple[str, ...] = ()) -> str:
-        """Ask until an answer comes (`integers`: the sections that are whole numbers, beside an appraisal's Change); raise UserBroken after `attempts` failures or at once where asking again is useless."""
+        """Ask until an answer comes; raise UserBroken after `attempts` failures or at once where asking again is useless.
+        `integers` are the sections that are whole numbers, beside an appraisal's Change."""
         example = FORMAT_EXAMPLES.get(sections, ())
         for attempt in range(self.attempts):
             body = {
