@@ -168,7 +168,8 @@ def evaluate(
 
 
 def read_transcripts(path: str) -> list[tuple[dict, list[str]]]:
-    """(transcript, what in it does not add up) for each of a file, JSON lines or one list (before.json).
+    """(transcript, what in it does not add up) for each of a file: JSON lines, one list (before.json), or the
+    first model's in a result of this program.
 
     Per reply, the change must be the clamped sum of the fired rules' points (a prompted user logs its reasons instead). Per
     dialogue, the emotions must follow from the changes, and the final one, 0 after a broken format, is the reward x 100.
@@ -176,9 +177,12 @@ def read_transcripts(path: str) -> list[tuple[dict, list[str]]]:
     """
     content, checked = Path(path).read_text(encoding="utf-8").strip("\n"), []
     try:
-        lines = [json.dumps(row) for row in json.loads(content)] if content.startswith("[") else content.split("\n")
-    except ValueError as error:
-        raise ValueError(f"{path}: not a list of transcripts ({error!r:.80})") from None
+        whole = json.loads(content)
+    except ValueError:
+        whole = None  # JSON lines
+    if isinstance(whole, dict) and whole.get("dialogues"):
+        whole = next(iter(whole["dialogues"].values()))
+    lines = [json.dumps(row) for row in whole] if isinstance(whole, list) else content.split("\n")
     for number, line in enumerate(lines, 1):
         try:
             transcript = json.loads(line)
