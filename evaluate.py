@@ -275,7 +275,7 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--examples", type=int, default=8, help="example exchanges in the prompt, as in training (0 to 8)"
     )
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy; the laptop preset trains at 0.7")
+    parser.add_argument("--temperature", type=float, default=0.3, help="0 is greedy; the laptop preset trains at 0.7")
     parser.add_argument("--max-new-tokens", type=int, default=24, help="per reply, thinking included")
     parser.add_argument("--slots", type=int, help="dialogues held at once (default: all): bounds the KV cache's memory")
     parser.add_argument("--seed", type=int, default=0)

@@ -18,7 +18,8 @@ Presets
 Deliberate deviations from the paper, laptop preset only
     - `delta` rewards without discount over turns (gamma 0): each reply is credited with the emotion change that it caused
       itself. With 18 steps there is no time to find out which of several replies earned a final emotion.
-    - Sampling at temperature 0.7: at temperature 1 a 135M model writes noise. All log-probs are of that same policy.
+    - Sampling at temperature 0.7: at temperature 1 a 135M model writes noise. All log-probs are of that same policy. Held-out
+      dialogues, before and after training, are sampled at 0.3: training has to explore, an answer has not.
 """
 
 import argparse
@@ -156,6 +157,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--turns", type=int, help="replies per dialogue at most")
     add("--max-new-tokens", type=int, help="per reply, thinking included")
     add("--temperature", type=float, help="of sampling; log-probs are of the same distribution")
+    add("--eval-temperature", type=float, default=0.3, help="of held-out dialogues, before and after; 0 is greedy")
     add("--lr", type=float, help="of the policy")
     add("--lr-end", type=float, help="share of the learning rates that is left at the end (linear decay)")
     add("--critic-lr", type=float, help="of the critic (PPO)")
@@ -224,8 +226,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error(f"--batch {args.batch} must be a multiple of --group {args.group}")
     if args.algo == "grpo" and args.group < 2:
         parser.error("--group must be at least 2: GRPO compares dialogues of one profile")
-    if args.kl < 0 or args.entropy < 0 or args.warmup < 0:
-        parser.error("--kl, --entropy and --warmup must not be negative")
+    if min(args.kl, args.entropy, args.warmup, args.eval_temperature) < 0:
+        parser.error("--kl, --entropy, --warmup and --eval-temperature must not be negative")
     return args
 
 
@@ -582,14 +584,22 @@ def train(args) -> None:
             f"{slots} dialogues at once per process, {plan['rollout: KV cache']:.2f} GB of KV cache"
         )
 
-    # Held-out dialogues are sampled as in training, because that is the policy that was trained.
-    sampling = dict(think=args.think, max_new_tokens=args.max_new_tokens, temperature=args.temperature, dtype=dtype)
+    sampling = dict(think=args.think, max_new_tokens=args.max_new_tokens, dtype=dtype)
     longer_slots = max(1, slots * args.turns // SAGE.turns)  # of held-out dialogues, in the same memory
 
     def held_out(sampler, profiles) -> list[dict]:
         mine = range(rank, len(profiles), ranks)
         seeds = [seed_of(args, -1, i) for i in mine]
-        held = evaluate(sampler, chat, simulator, [profiles[i] for i in mine], seeds, slots=longer_slots, **sampling)
+        held = evaluate(
+            sampler,
+            chat,
+            simulator,
+            [profiles[i] for i in mine],
+            seeds,
+            slots=longer_slots,
+            temperature=args.eval_temperature,
+            **sampling,
+        )
         rows = gather_object([(i, dialogue.transcript()) for i, dialogue in zip(mine, held)])
         return [transcript for _, transcript in sorted(rows, key=lambda row: row[0])]
 
@@ -616,6 +626,7 @@ def train(args) -> None:
                 Protocol(RLVER.start, args.turns),
                 on_end=bar.update,
                 slots=slots,
+                temperature=args.temperature,
                 **sampling,
             )
         all_dialogues = gather_object(dialogues)
