@@ -327,8 +327,8 @@ def sampled_hidden(model, batch, members: list[int], dtype: torch.dtype):
     """Final hidden states that predicted the sampled tokens of some trees: ((n, D), indices into N (n,)).
 
     What all the trees begin with is computed once: its keys and values are expanded to all rows, and the gradient flows
-    back through them, so that the result equals the full sequences'. The rest is packed: several trees share a row, none
-    sees another.
+    back through them, so that the result equals the full sequences'. (With activation checkpointing or several ranks each
+    tree computes it for itself.) The rest is packed: several trees share a row, none sees another.
     """
     device = next(model.parameters()).device
     trees = [batch.trees[member] for member in members]

@@ -78,7 +78,7 @@ def test_the_report_needs_nothing_else_and_escapes_everything(page):
     assert not list(page.parent.glob("*.tmp"))
     for part in ("A one reply", "The user", "felt alone", "Hm. A dog.", "praise 2 +5", "habit -5", "a note", "<svg"):
         assert part in html
-    assert html.count("<summary>thinking</summary>") == 8 and "<details open" not in html
+    assert html.count("<summary>thinking</summary>") == 8 and html.count("<details class='case' open>") == 1
 
 
 def test_a_browser_shows_the_dialogues_as_text_and_runs_nothing(page, tmp_path):

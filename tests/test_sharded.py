@@ -57,7 +57,7 @@ def test_two_ranks_equal_one_process(flags, ragged_folder, tmp_path):
     assert one[0]["reply_tokens"] == two[0]["reply_tokens"] != int(one[0]["reply_tokens"]), "uneven replies"
     for a, b in zip(one, two):
         assert a == pytest.approx(b, abs=1e-4)
-    assert abs(one[0]["policy_loss"]) + one[0].get("explained_variance", 1.0) != 0 and one[0]["grad_norm"] > 0.01
+    assert one[0]["grad_norm"] > 0.01 and one[0].get("zero_variance_groups", 0) < 4
     moved = 0.0
     start = tiny_model().state_dict()
     for module_a, module_b in zip(parameters_of(tmp_path / "one"), parameters_of(tmp_path / "two")):
