@@ -373,7 +373,7 @@ def rollout_metrics(dialogues, reward: str) -> dict:
 
 
 def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
-    """(GB per GPU and component, dialogues held at once), counted from the model's config.json alone; gpus 0: this computer's
+    """(GB per GPU and component, dialogues that there is room for), counted from the model's config.json alone; gpus 0: this computer's
     CPU, in float32.
 
     Weights, gradients and Adam's two moments are float32 and sharded; the sampler is whole and in bf16. Rollout and update
@@ -435,10 +435,10 @@ def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
     }
     plan = {name: size / 1e9 for name, size in plan.items()}
     room = 0.9 * args.gpu_memory - sum(size for name, size in plan.items() if ":" not in name)
-    slots = min(rows, args.slots or max(1, int(rows * room / plan["rollout: KV cache"])))
-    plan["rollout: KV cache"] *= slots / rows
+    fitting = args.slots or max(1, int(rows * room / plan["rollout: KV cache"]))
+    plan["rollout: KV cache"] *= min(rows, fitting) / rows
     phases = [sum(size for name, size in plan.items() if name.startswith(phase)) for phase in ("rollout", "update")]
-    return plan | {"peak": sum(size for name, size in plan.items() if ":" not in name) + max(phases)}, slots
+    return plan | {"peak": sum(size for name, size in plan.items() if ":" not in name) + max(phases)}, fitting
 
 
 def check_memory(plan: dict[str, float], memory_gb: float) -> None:
@@ -458,7 +458,8 @@ def check_memory(plan: dict[str, float], memory_gb: float) -> None:
 
 def print_plan(args) -> None:
     gpus = args.gpus
-    plan, slots = memory_plan(args, gpus)
+    plan, fitting = memory_plan(args, gpus)
+    slots = min(fitting, max(1, args.batch // max(1, gpus)))
     print(
         f"{args.model}, {args.algo}{' + think' if args.think else ''}, {f'{gpus} GPUs' if gpus else 'CPU'}, {slots} "
         "dialogues at once: GB per device"
@@ -567,7 +568,8 @@ def train(args) -> None:
     torch.manual_seed(args.seed)
     device = accelerator.device.type
     dtype = compute_dtype(device)
-    plan, slots = memory_plan(args, ranks if device == "cuda" else 0)
+    plan, fitting = memory_plan(args, ranks if device == "cuda" else 0)
+    slots = min(fitting, args.batch // ranks)
     check_memory(plan, args.gpu_memory)
     out.mkdir(parents=True, exist_ok=True)
     if args.track:
@@ -589,7 +591,7 @@ def train(args) -> None:
         )
 
     sampling = dict(think=args.think, max_new_tokens=args.max_new_tokens, dtype=dtype)
-    longer_slots = max(1, slots * args.turns // SAGE.turns)  # of held-out dialogues, in the same memory
+    longer_slots = max(1, fitting * args.turns // SAGE.turns)  # of held-out dialogues, in the same memory
 
     def held_out(sampler, profiles) -> list[dict]:
         mine = range(rank, len(profiles), ranks)
