@@ -730,6 +730,8 @@ def report(out: Path, before: list[dict], after: list[dict], ordinary: dict) -> 
     print(f"difference, paired by profile: {paired['difference']:+.1f} +- {paired['standard_error']:.1f}")
     print("ordinary text:", ", ".join(f"{name} {value}" for name, value in ordinary.items()))
     results = {"before": summarize(before), "after": summarize(after) | {"guard": ordinary}, "paired": paired}
+    if "base_perplexity" in ordinary:
+        results["before"]["guard"] = {"perplexity": ordinary["base_perplexity"]}
     write_json(out / "result.json", results)
     notes = [verdict("the trained model", "the base", paired)]
     write_report(out / "report.html", {"before": before, "after": after}, results, notes)
