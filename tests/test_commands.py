@@ -78,6 +78,8 @@ def test_same_seed_same_run_and_resume_equals_uninterrupted(tiny_folder, tmp_pat
     assert metrics_of(tmp_path / "a") == metrics_of(tmp_path / "b")
     transcripts = [(tmp_path / name / "transcripts.jsonl").read_text() for name in "abc"]
     assert transcripts[0] == transcripts[1] != transcripts[2]
+    first, second, *_ = (json.loads(line)["history"] for line in transcripts[0].splitlines())
+    assert first[0] == second[0] and first[1] != second[1], "the dialogues of a group have seeds of their own"
     assert run(tiny_folder, tmp_path / "d", "--no-eval", "--steps", 2) == 0
     for name in ("metrics.jsonl", "transcripts.jsonl"):  # killed in the middle of a line
         with (tmp_path / "d" / name).open("a") as file:
