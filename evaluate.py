@@ -182,10 +182,10 @@ def read_transcripts(path: str) -> list[tuple[dict, list[str]]]:
         whole = None  # JSON lines
     if isinstance(whole, dict) and whole.get("dialogues"):
         whole = next(iter(whole["dialogues"].values()))
-    lines = [json.dumps(row) for row in whole] if isinstance(whole, list) else content.split("\n")
-    for number, line in enumerate(lines, 1):
+    rows = whole if isinstance(whole, list) else content.split("\n")
+    for number, row in enumerate(rows, 1):
         try:
-            transcript = json.loads(line)
+            transcript = row if isinstance(whole, list) else json.loads(row)
             transcript["emo_point"] = int(transcript["emo_point"])
             where = f"{path}: line {number}: {transcript['id']}"
             checked.append((transcript, [f"{where}: {problem}" for problem in problems_in(transcript)]))

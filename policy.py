@@ -314,9 +314,9 @@ def micro_batches(batch, max_tokens: int) -> list[tuple[list[int], float]]:
 def pack(sizes: list[int]) -> tuple[list[tuple[int, int]], int]:
     """Lay pieces side by side into rows as wide as the largest: ((row, column) of each, number of rows). pack([5, 3, 2]) ->
     ([(0, 0), (1, 0), (1, 3)], 2)"""
-    places, filled = {}, []
+    places, filled, width = {}, [], max(sizes)
     for piece in sorted(range(len(sizes)), key=lambda piece: -sizes[piece]):
-        row = next((row for row, used in enumerate(filled) if used + sizes[piece] <= max(sizes)), len(filled))
+        row = next((row for row, used in enumerate(filled) if used + sizes[piece] <= width), len(filled))
         filled += [0] * (row == len(filled))
         places[piece] = row, filled[row]
         filled[row] += sizes[piece]

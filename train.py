@@ -613,7 +613,7 @@ def train(args) -> None:
         before = held_out(models.sampler, test_profiles)
         if main_process:
             write_json(out / "before.json", before)
-            print_score("held-out score before", before)
+            print_score("held-out score before", summarize(before))
 
     best = out / "best.json"  # [validation score, step] of out/best
     share = args.batch // ranks  # whole groups: an advantage needs no other rank
@@ -721,15 +721,16 @@ def broken_users(dialogues, share: int) -> str:
 
 def report(out: Path, before: list[dict], after: list[dict], ordinary: dict) -> None:
     """Print and store what training has changed for the held-out users, and on ordinary text (probes.guard)."""
+    results = {"before": summarize(before), "after": summarize(after) | {"guard": ordinary}}
     for transcript in after[:3]:
         print_dialogue(transcript)
     print()
-    print_score("held-out score before", before)
-    print_score("held-out score after ", after)
+    print_score("held-out score before", results["before"])
+    print_score("held-out score after ", results["after"])
     paired = compare(after, before)
     print(f"difference, paired by profile: {paired['difference']:+.1f} +- {paired['standard_error']:.1f}")
     print("ordinary text:", ", ".join(f"{name} {value}" for name, value in ordinary.items()))
-    results = {"before": summarize(before), "after": summarize(after) | {"guard": ordinary}, "paired": paired}
+    results["paired"] = paired
     if "base_perplexity" in ordinary:
         results["before"]["guard"] = {"perplexity": ordinary["base_perplexity"]}
     write_json(out / "result.json", results)
@@ -742,8 +743,7 @@ def seed_of(args, step: int, dialogue: int) -> int:
     return ((args.seed * 1_000_003 + step + 1) * 1_009 + dialogue) % 2**63
 
 
-def print_score(title: str, transcripts: list[dict]) -> None:
-    result = summarize(transcripts)
+def print_score(title: str, result: dict) -> None:
     print(
         f"{title}: {result['score']:.1f} +- {result['standard_error']:.1f}   success {result['success']}%   "
         f"failure {result['failure']}%   ({result['dialogues']} users, SAGE protocol)"
