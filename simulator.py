@@ -980,23 +980,37 @@ DIFFICULTY = {
 }
 APPRAISE_SECTIONS = ("Content", "TargetCompletion", "Activity", "Analyse", "Change")
 RESPOND_SECTIONS = ("Thinking", "Origin", "Change", "Response")
-# Shown to a server's model before the real question, so that a small one keeps to the format too: (case, answer).
+
+
+def asked_again(text: str, error, section: str) -> str:
+    """The question after an answer that could not be read: for the one section that is needed, which a small model can do."""
+    return (
+        f"{text}\n\n# Your last answer could not be read\n{error}. Write this one line and nothing else:\n{section}: "
+    )
+
+
+# Shown to a server's model before the real question, so that a small one keeps to the format too: sections -> (case, answer).
+_BUS = (
+    "# Persona\nMarta, 40, drives a bus.\n\n# Character\nnegative\n\n# Hidden intention (never said aloud)\nYou want advice "
+    'that really helps you out of the situation you are in.\n\n# Conversation so far\n[{"person": "They cut my route."}]'
+    '\n\n# Emotion now\n40 (state B)\n\n# The other\'s latest reply\n"I am here to listen."'
+)
 FORMAT_EXAMPLES = {
     APPRAISE_SECTIONS: (
-        "# Persona\nMarta, 40, drives a bus.\n\n# Character\nnegative\n\n# Hidden intention (never said aloud)\nYou want advice "
-        'that really helps you out of the situation you are in.\n\n# Conversation so far\n[{"person": "They cut my route."}]'
-        '\n\n# Emotion now\n40 (state B)\n\n# The other\'s latest reply\n"I am here to listen."',
+        _BUS,
         "Content: it offered to listen\nTargetCompletion: hardly, the person came for advice\nActivity: Fine, but what do I do "
         "now?\nAnalyse: a friendly ear, no help\nChange: -2",
     ),
     RESPOND_SECTIONS: (
-        "# Persona\nMarta, 40, drives a bus.\n\n# Character\nnegative\n\n# Hidden intention (never said aloud)\nYou want advice "
-        'that really helps you out of the situation you are in.\n\n# Conversation so far\n[{"person": "They cut my route."}]'
-        '\n\n# Emotion now\n38 (state C)\n\n# The other\'s latest reply\n"I am here to listen."\n\n# How it landed\n'
-        '{"Analyse": "a friendly ear, no help", "Change": -2}',
+        _BUS.replace("40 (state B)", "38 (state C)")
+        + '\n\n# How it landed\n{"Analyse": "a friendly ear, no help", "Change": -2}',
         "Thinking: impatient, wants something to hold on to\nOrigin: Listening is nice, but I start at four in the morning now."
         "\nChange: shorter, more blunt\nResponse: Nice of you. From Monday I start at four in the morning, so what now?",
     ),
+}
+FORMAT_EXAMPLES |= {
+    sections[-1:]: (asked_again(case, f"the section '{sections[-1]}' is missing", sections[-1]), answer.split("\n")[-1])
+    for sections, (case, answer) in FORMAT_EXAMPLES.items()
 }
 # Other names under which models write the sections.
 HEADINGS = {
@@ -1105,8 +1119,8 @@ class PromptedSimulator:
     """The paper's user: an LLM that appraises each reply and then answers it, two calls a turn.
 
     `llm.start(steps)` runs a generator of questions (system, text, section names) to its end and returns a Future: ServerLLM
-    below on threads, LocalLLM (rollout.py) batched in this process. An answer that cannot be read is asked for once more
-    with the error named; after that, or when the LLM cannot be had, the Future raises UserBroken.
+    below on threads, LocalLLM (rollout.py) batched in this process. Of an answer that cannot be read
+    the last section alone is asked for once more, with the error named; after that, or when the LLM cannot be had, the Future raises UserBroken.
     """
 
     def __init__(self, llm, difficulty: str = "vanilla", adversarial: bool = False, cache: str | Path | None = None):
@@ -1151,14 +1165,14 @@ class PromptedSimulator:
         if path and path.is_file():
             with contextlib.suppress(Malformed):  # kept by other code: ask again
                 return parse(path.read_text(encoding="utf-8"))
-        asked = text
+        question = system, text, sections
         for _ in range(2):
-            answer = yield system, asked, sections
+            answer = yield question
             try:
                 parsed = parse(answer)
             except Malformed as error:
                 reason = error
-                asked = f"{text}\n\n# Your last answer could not be read\n{error}. Keep to the sections."
+                question = system, asked_again(text, error, sections[-1]), sections[-1:]
                 continue
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)

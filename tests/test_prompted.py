@@ -206,6 +206,9 @@ def test_a_malformed_answer_is_asked_for_once_more_with_the_error_named(profiles
         simulator.submit(simulator.open(profiles[0], 40).result(), "Hm.").result()
     again = stub.requests[1]["messages"][-1]["content"]
     assert again.startswith(stub.requests[0]["messages"][-1]["content"]) and "whole number from -10 to 10" in again
+    # For that section alone, and with an example of just that: a small model can do it.
+    assert list(stub.requests[1]["response_format"]["json_schema"]["schema"]["properties"]) == ["Change"]
+    assert stub.requests[1]["messages"][2]["content"] == "Change: -2"
 
 
 def test_a_server_that_refuses_the_schema_is_asked_without(profiles):
