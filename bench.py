@@ -172,7 +172,7 @@ def update(dialogues: int = 4, turns: int = 8, message: int = 35, thinking: int 
             history = history + ids(message)
             sampled = ids(thinking + reply)
             start = len(history)
-            rows += [(len(sequences), start + k, token, d, t, 0.0, 0.0) for k, token in enumerate(sampled)]
+            rows += [(len(sequences), start + k, d, token, t, 0.0, 0.0) for k, token in enumerate(sampled)]
             sequences.append(history + sampled)
             history = history + sampled[thinking:]
     columns = [torch.tensor(column) for column in zip(*rows)]
@@ -187,7 +187,7 @@ def update(dialogues: int = 4, turns: int = 8, message: int = 35, thinking: int 
             log_probs_n, entropy_n, _ = policy(batch, micro)
             ((log_probs_n + 0.01 * entropy_n).sum() / len(batch)).backward()
         figures[f"seconds_{name}"] = time.perf_counter() - start
-        figures[f"tokens_{name}"] = sum(map(len, batch.trees))
+        figures[f"tokens_{name}"] = sum(batch.sizes.values())
         gradients[name] = [p.grad for p in model.parameters()]
     pairs = list(zip(gradients["merged"], gradients["expanded"]))
     figures["largest_gradient_difference"] = max((a - b).abs().max().item() for a, b in pairs)

@@ -16,7 +16,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from huggingface_hub.constants import ENDPOINT as HF_ENDPOINT
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
@@ -255,11 +256,12 @@ class Chat:
 
 @dataclass
 class Tree:
-    """The sequences of one dialogue merged where they begin alike, as one list of tokens in pre-order.
+    """Sequences merged where they begin alike, as one list of tokens in pre-order.
 
-    Without --think there is one sequence, and the tree is a chain. With --think every turn is a sequence: the history that
-    all later turns share is a trunk, each turn's thinking and reply a branch. Token k is seen by token q exactly where it
-    lies on q's path: k <= q < ends[k]. So a forward pass computes every prefix once, with gradients as if not.
+    A dialogue without --think is one sequence, and its tree a chain. With --think every turn is a sequence: the history that
+    all later turns share is a trunk, each turn's thinking and reply a branch. Dialogues share the system prompt, and in a
+    GRPO group the opening. Token k is seen by token q exactly where it lies on q's path: k <= q < ends[k]. So a forward
+    pass computes every prefix once, with gradients as if not.
     """
 
     ids: list[int]
@@ -268,6 +270,11 @@ class Tree:
 
     def __len__(self):
         return len(self.ids)
+
+    @property
+    def trunk(self) -> int:
+        """How many tokens come before the first branching."""
+        return next((k for k, end in enumerate(self.ends) if end < len(self)), len(self))
 
 
 def prefix_tree(sequences: list[list[int]]) -> tuple[Tree, list[list[int]]]:
@@ -293,16 +300,53 @@ def common_prefix(sequences: list[list[int]]) -> int:
     return next((k for k, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
 
 
-def micro_batches(batch, max_tokens: int) -> list[tuple[list[int], float]]:
-    """(indices into batch.trees, weight) in groups of at most `max_tokens` tokens; the longest first, so that memory runs
-    out at once or never. Sharded ranks must make the same number of passes: one that has fewer adds some of weight 0."""
+@dataclass
+class Sequences:
+    """Token sequences of dialogues, and N tokens in them that a forward pass is to predict."""
+
+    sequences: list[list[int]]
+    row_N: torch.Tensor  # sequence of each token
+    column_N: torch.Tensor  # its place there; it is predicted at column - 1
+    dialogue_N: torch.Tensor
+
+    @cached_property
+    def _rows(self) -> dict[int, list[int]]:
+        rows = {}
+        for dialogue, row in sorted(set(zip(self.dialogue_N.tolist(), self.row_N.tolist()))):
+            rows.setdefault(dialogue, []).append(row)
+        return rows
+
+    @cached_property
+    def sizes(self) -> dict[int, int]:
+        """Tokens of each dialogue, its sequences merged."""
+        return {dialogue: len(self.merge((dialogue,))[0]) for dialogue in self._rows}
+
+    @cached_property
+    def _merged(self) -> dict:
+        return {}
+
+    def merge(self, dialogues: tuple[int, ...]):
+        """(tree of these dialogues, place there of the token that predicts each of theirs (n,), indices into N (n,))."""
+        if dialogues not in self._merged:
+            rows = [row for dialogue in dialogues for row in self._rows[dialogue]]
+            tree, paths = prefix_tree([self.sequences[row] for row in rows])
+            path_of = dict(zip(rows, paths))
+            index_n = torch.isin(self.dialogue_N, torch.tensor(dialogues)).nonzero().squeeze(1)
+            pairs = zip(self.row_N[index_n].tolist(), self.column_N[index_n].tolist())
+            self._merged[dialogues] = tree, torch.tensor([path_of[row][column - 1] for row, column in pairs]), index_n
+        return self._merged[dialogues]
+
+
+def micro_batches(batch: Sequences, max_tokens: int) -> list[tuple[list[int], float]]:
+    """(dialogues, weight) in groups of at most `max_tokens` tokens; the longest first, so that memory runs out at once or
+    never. Sharded ranks must make the same number of passes: one that has fewer adds some of weight 0."""
     groups, tokens = [], 0
-    for tree in sorted(range(len(batch.trees)), key=lambda tree: -len(batch.trees[tree])):
-        tokens += len(batch.trees[tree])
+    for dialogue, size in sorted(batch.sizes.items(), key=lambda item: -item[1]):
+        tokens += size
         if not groups or tokens > max_tokens:
             groups.append([])
-            tokens = len(batch.trees[tree])
-        groups[-1].append(tree)
+            tokens = size
+        groups[-1].append(dialogue)
     weighted = [(group, 1.0) for group in groups]
     if world_size() > 1:
         count = torch.tensor(len(groups), device="cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -311,65 +355,89 @@ def micro_batches(batch, max_tokens: int) -> list[tuple[list[int], float]]:
     return weighted
 
 
-def pack(sizes: list[int]) -> tuple[list[tuple[int, int]], int]:
-    """Lay pieces side by side into rows as wide as the largest: ((row, column) of each, number of rows). pack([5, 3, 2]) ->
-    ([(0, 0), (1, 0), (1, 3)], 2)"""
-    places, filled, width = {}, [], max(sizes)
+def pack(sizes: list[int]) -> list[list[int]]:
+    """Lay pieces side by side into rows as wide as the largest. pack([5, 3, 2]) -> [[0], [1, 2]]"""
+    rows, filled = [], []
     for piece in sorted(range(len(sizes)), key=lambda piece: -sizes[piece]):
-        row = next((row for row, used in enumerate(filled) if used + sizes[piece] <= width), len(filled))
-        filled += [0] * (row == len(filled))
-        places[piece] = row, filled[row]
+        row = next((row for row, used in enumerate(filled) if used + sizes[piece] <= max(sizes)), len(rows))
+        if row == len(rows):
+            rows.append([])
+            filled.append(0)
+        rows[row].append(piece)
         filled[row] += sizes[piece]
-    return [places[piece] for piece in range(len(sizes))], len(filled)
+    return rows
 
 
-def sampled_hidden(model, batch, members: list[int], dtype: torch.dtype):
-    """Final hidden states that predicted the sampled tokens of some trees: ((n, D), indices into N (n,)).
+def deal(sizes: list[int], ranks: int) -> list[list[int]]:
+    """Which pieces of work each rank takes, so that all are busy for about as long: the largest first, each to the rank that
+    has least. deal([5, 3, 2, 4], 2) -> [[0, 2], [3, 1]]"""
+    dealt, load = [[] for _ in range(ranks)], [0] * ranks
+    for piece in sorted(range(len(sizes)), key=lambda piece: -sizes[piece]):
+        rank = load.index(min(load))
+        dealt[rank].append(piece)
+        load[rank] += sizes[piece]
+    return dealt
 
-    What all the trees begin with is computed once: its keys and values are expanded to all rows, and the gradient flows
-    back through them, so that the result equals the full sequences'. (With activation checkpointing or several ranks each
-    tree computes it for itself.) The rest is packed: several trees share a row, none sees another.
+
+def sampled_hidden(model, batch: Sequences, members: list[int], dtype: torch.dtype):
+    """Final hidden states that predict the tokens of some dialogues: ((n, D), indices into N (n,)).
+
+    A row of the pass is one tree. With FlexAttention, whose mask knows which blocks are empty, all dialogues are merged into
+    one row. A dense mask costs by its width, so there rows are as wide as the largest dialogue, and short ones share a row;
+    what all rows begin with is computed once, and its keys and values are expanded to all of them, through which the
+    gradient flows back. (With activation checkpointing or several ranks each row computes it for itself.)
     """
     device = next(model.parameters()).device
-    trees = [batch.trees[member] for member in members]
-    place = torch.full((len(batch.trees),), -1)
-    place[torch.tensor(members)] = torch.arange(len(members))
-    index_n = (place[batch.tree_N] >= 0).nonzero().squeeze(1)
-    tree_n, predictor_n = place[batch.tree_N[index_n]], batch.predictor_N[index_n]
-    trunk = min(next((k for k, end in enumerate(tree.ends) if end < len(tree)), len(tree)) for tree in trees)
-    shared = min(common_prefix([tree.ids for tree in trees]), trunk, int(predictor_n.min()))  # before anything branches
-    if model.base_model.layers[0].training or world_size() > 1:  # activation checkpointing and sharding know one pass
-        shared = 0  # through a layer, not two
-    places, rows = pack([len(tree) - shared for tree in trees])
+    flex = model.base_model.config._attn_implementation == "flex_attention"
+    if flex:
+        rows = [members]
+    else:
+        alone = [batch.merge((dialogue,))[0] for dialogue in members]
+        head = common_prefix([tree.ids for tree in alone])
+        rows = [[members[k] for k in row] for row in pack([len(tree) - head for tree in alone])]
+    trees, places, indices = zip(*(batch.merge(tuple(row)) for row in rows))
+    row_n = torch.cat([torch.full_like(place, row) for row, place in enumerate(places)])
+    place_n, index_n = torch.cat(places), torch.cat(indices)
+    shared = min(common_prefix([tree.ids for tree in trees]), *(tree.trunk for tree in trees), int(place_n.min()))
+    # Activation checkpointing and sharding know one pass through a layer, not two.
+    if flex or model.base_model.layers[0].training or world_size() > 1:
+        shared = 0
     width = max(map(len, trees)) - shared
-    ids_B_T, positions_B_T = torch.zeros(2, rows, width, dtype=torch.long)
-    ends_B_T = torch.arange(1, width + 1).repeat(rows, 1)  # a gap is seen by itself only
-    for tree, (row, start) in zip(trees, places):
-        own = slice(start, start + len(tree) - shared)
+    width += -width % 128 if flex else 0  # whole blocks
+    ids_B_T, positions_B_T = torch.zeros(2, len(rows), width, dtype=torch.long)
+    ends_B_T = torch.arange(1, width + 1).repeat(len(rows), 1)  # a gap is seen by itself only
+    for row, tree in enumerate(trees):
+        own = slice(len(tree) - shared)
         ids_B_T[row, own] = torch.tensor(tree.ids[shared:])
         positions_B_T[row, own] = torch.tensor(tree.positions[shared:])
-        ends_B_T[row, own] = torch.tensor(tree.ends[shared:]) - shared + start
+        ends_B_T[row, own] = torch.tensor(tree.ends[shared:]) - shared
     ids_B_T, positions_B_T, ends_B_T = ids_B_T.to(device), positions_B_T.to(device), ends_B_T.to(device)
-    q_T = torch.arange(width, device=device)
-    visible_B_T_T = (q_T[None, None, :] <= q_T[None, :, None]) & (q_T[None, :, None] < ends_B_T[:, None, :])
-    if shared:
-        prefix_B_T_P = visible_B_T_T.new_ones(rows, width, shared)  # everybody sees it
-        visible_B_T_T = torch.cat([prefix_B_T_P, visible_B_T_T], dim=2)  # (B, T, P + T)
     past = DynamicCache() if shared else None
     with autocast(device.type, dtype):
         if shared:
             prefix_1_P = torch.tensor([trees[0].ids[:shared]], device=device)
             past = model.base_model(input_ids=prefix_1_P, past_key_values=past, use_cache=True).past_key_values
-            past.batch_repeat_interleave(rows)
+            past.batch_repeat_interleave(len(rows))
         hidden_B_T_D = model.base_model(
             input_ids=ids_B_T,
-            attention_mask=visible_B_T_T[:, None],
+            attention_mask=tree_mask(ends_B_T, shared, flex),
             position_ids=positions_B_T,
             past_key_values=past,
             use_cache=shared > 0,
         ).last_hidden_state
-    row_n, start_n = torch.tensor(places)[tree_n].T
-    return hidden_B_T_D[row_n.to(device), (start_n + predictor_n - shared).to(device)], index_n
+    return hidden_B_T_D[row_n.to(device), (place_n - shared).to(device)], index_n
+
+
+def tree_mask(ends_B_T, shared: int, flex: bool):
+    """Who sees whom: k <= q < ends[k]; everybody sees the `shared` tokens before. FlexAttention's mask, or (B, 1, T, P + T)."""
+    B, T = ends_B_T.shape
+    if flex:
+        compiled = ends_B_T.device.type == "cuda"
+        seen = lambda b, h, q, k: (k <= q) & (q < ends_B_T[b, k])  # noqa: E731
+        return create_block_mask(seen, B, None, T, T, device=ends_B_T.device, _compile=compiled)
+    q_T = torch.arange(T, device=ends_B_T.device)
+    visible_B_T_T = (q_T[None, None, :] <= q_T[None, :, None]) & (q_T[None, :, None] < ends_B_T[:, None, :])
+    return torch.cat([visible_B_T_T.new_ones(B, T, shared), visible_B_T_T], dim=2)[:, None]
 
 
 LOGITS_AT_ONCE = 2048  # tokens; 2048 x 152k float32 logits are 1.2 GB
@@ -409,14 +477,14 @@ def token_diagnostics(batch, index_n, ratio_n, entropy_n, old_log_probs_n, clip:
 
 
 class Policy(nn.Module):
-    """A causal LM as the thing that is trained: called with trees of a batch, it returns the log-probs of the sampled tokens."""
+    """A causal LM as the thing that is trained: called with dialogues of a batch, it returns the log-probs of the sampled tokens."""
 
     def __init__(self, model, temperature: float = 1.0, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.model, self.temperature, self.dtype = model, temperature, dtype
 
     def forward(self, batch, members: list[int]):
-        """(log-probs (n,), entropies (n,), indices into N (n,)) of the sampled tokens of these trees, float32."""
+        """(log-probs (n,), entropies (n,), indices into N (n,)) of the sampled tokens of these dialogues, float32."""
         hidden_n_D, index_n = sampled_hidden(self.model, batch, members, self.dtype)
         with autocast(hidden_n_D.device.type, self.dtype):
             log_probs_n, entropy_n = token_log_probs(self.model, hidden_n_D, batch.id_N[index_n], self.temperature)

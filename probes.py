@@ -13,11 +13,10 @@ import os
 import re
 from pathlib import Path
 from statistics import mean, stdev
-from types import SimpleNamespace
 
 import torch
 
-from policy import Chat, autocast, micro_batches, prefix_tree, sampled_hidden
+from policy import Chat, Sequences, autocast, micro_batches, sampled_hidden
 from simulator import ServerLLM, UserBroken, details_of, read_sentence, sentences_of
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -150,11 +149,11 @@ def track(model, chat: Chat, transcripts: list[dict], dtype: torch.dtype) -> dic
     saying yes cancels out. Nothing is sampled or thought. The truth is the sign of the change; messages after no change do
     not count. The standard error is the jackknife over profiles. "score" is None where the emotion never rose or never fell.
     """
-    trees, tree_N, predictor_N, truth = [], [], [], []  # a dialogue's copies are merged into one tree: each prefix once
-    for transcript in transcripts:
+    copies, dialogue_N, truth = [], [], []
+    for d, transcript in enumerate(transcripts):
         users = [message for message in transcript["history"] if message["role"] == "user"]
         replies = [message for message in transcript["history"] if message["role"] == "assistant"]
-        before, copies = chat.opening(users[0]["content"]), []
+        before = chat.opening(users[0]["content"])
         for reply, user in zip(replies, users[1:]):
             before = before + chat.text_ids(reply["content"])
             if change := user["planning"]["change"]:
@@ -162,15 +161,12 @@ def track(model, chat: Chat, transcripts: list[dict], dtype: torch.dtype) -> dic
                 for question in QUESTIONS:
                     asked = f"{user['content']}\n\n{question} Answer Yes or No."
                     copies.append(before + chat.between(asked, stopped=False))
+                    dialogue_N.append(d)
             before = before + chat.between(user["content"], stopped=False)
-        if copies:
-            tree, paths = prefix_tree(copies)
-            tree_N += [len(trees)] * len(copies)
-            predictor_N += [path[-1] for path in paths]
-            trees.append(tree)
-    batch = SimpleNamespace(trees=trees, tree_N=torch.tensor(tree_N), predictor_N=torch.tensor(predictor_N))
+    ends_N = torch.tensor(list(map(len, copies)))  # the answer is predicted at a copy's last token
+    batch = Sequences(copies, torch.arange(len(copies)), ends_N, torch.tensor(dialogue_N))
     yes, no = (chat.text_ids(word)[0] for word in ("Yes", "No"))
-    leaning_N = torch.zeros(len(tree_N))
+    leaning_N = torch.zeros(len(copies))
     for members, _ in micro_batches(batch, max_tokens=6000):
         hidden_n_D, index_n = sampled_hidden(model, batch, members, dtype)
         with autocast(hidden_n_D.device.type, dtype):

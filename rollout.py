@@ -16,12 +16,12 @@ Deliberate deviations from the paper
     - A dialogue that reaches the turn limit ends there: its emotion is the final one, nothing is bootstrapped.
 """
 
+import inspect
 import re
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, fields
 from itertools import accumulate
 
 import torch
@@ -34,8 +34,12 @@ try:
     from flash_attn import flash_attn_with_kvcache
 except ImportError:  # optional, GPU only
     flash_attn_with_kvcache = None
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # an older torch
+    varlen_attn = None
 
-from policy import Chat, ModelError, Tree, autocast, common_prefix, prefix_tree
+from policy import Chat, ModelError, Sequences, autocast, common_prefix
 from simulator import Profile, Protocol, Reaction, User, UserBroken, emotion_state
 
 SYSTEM = "You are a close friend who listens."
@@ -193,11 +197,11 @@ class Slots(Cache):
     """The KV cache of many dialogues: one slot each, with its own length, so that nobody waits for a longer one.
 
     What every prompt begins with (system prompt and examples: the trunk) is held once for all slots. transformers' attention
-    layers write to it through `update`; `attend` takes the place of their attention: FlashAttention's decoding kernel where
-    flash-attn is installed on a GPU, which wants each slot whole, the trunk included; elsewhere matrix products.
+    layers write to it through `update`; a backend takes the place of their attention: FlashAttention's kernels on a GPU,
+    which want each slot whole, the trunk included; elsewhere matrix products.
     """
 
-    def __init__(self, model, slots: int, columns: int, dtype: torch.dtype, trunk_ids: list[int]):
+    def __init__(self, model, slots: int, columns: int, dtype: torch.dtype, trunk_ids: list[int], eager: bool = False):
         super().__init__(layers=[])
         self.device = next(model.parameters()).device
         config = model.config
@@ -207,51 +211,90 @@ class Slots(Cache):
             raise ModelError(
                 f"{config.name_or_path}: has layers of {', '.join(other)}; only full attention is supported"
             )
+        self.backend = products if eager else backend_for(self.device, dtype)
+        columns += len(trunk_ids) if self.backend is not products else 0
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.backend = backend_for(self.device.type, dtype)
-        columns += len(trunk_ids) if self.backend is flash else 0
-        shape = (config.num_hidden_layers, slots, kv_heads, columns, width)
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2))
+        self.shape = config.num_hidden_layers, slots, kv_heads, width
+        self.keys = self.values = torch.empty(0)
+        self._make_room(columns, dtype)
         self.length = [0] * slots  # tokens that each slot holds, without the trunk
         self.trunk_length = len(trunk_ids)
-        self.trunk = [(keys[0, :, :0], values[0, :, :0]) for keys, values in zip(self.keys, self.values)]
+        self.trunk = [
+            (self.keys[0, 0, :0].transpose(0, 1),) * 2
+        ] * config.num_hidden_layers  # keys, values (K, P, width)
         if trunk_ids:
             ids_1_P = torch.tensor([trunk_ids], device=self.device)
             with torch.no_grad(), autocast(self.device.type, dtype):
                 past = model(input_ids=ids_1_P, use_cache=True, logits_to_keep=1).past_key_values
             self.trunk = [(layer.keys[0].to(dtype), layer.values[0].to(dtype)) for layer in past.layers]
-        if self.backend is flash:
+        if self.backend is not products:
             for layer, (trunk_keys, trunk_values) in enumerate(self.trunk):
-                self.keys[layer, :, :, : self.trunk_length] = trunk_keys
-                self.values[layer, :, :, : self.trunk_length] = trunk_values
+                self.keys[layer, :, : self.trunk_length] = trunk_keys.transpose(0, 1)
+                self.values[layer, :, : self.trunk_length] = trunk_values.transpose(0, 1)
             self.length, self.trunk_length = [self.trunk_length] * slots, 0
+
+    def _make_room(self, columns: int, dtype: torch.dtype) -> None:
+        """Keys and values (layers, slots, columns, K, width); in memory a head's columns lie together for `products`, which
+        reads them head by head, and a column's heads for the kernels. The last column is scratch: nobody reads it."""
+        layers, slots, kv_heads, width = self.shape
+        for name in ("keys", "values"):  # one after the other, so that one is held twice, not both
+            if self.backend is products:
+                larger = torch.zeros(layers, slots, kv_heads, columns + 1, width, dtype=dtype, device=self.device)
+                larger = larger.transpose(2, 3)
+            else:
+                larger = torch.zeros(layers, slots, columns + 1, kv_heads, width, dtype=dtype, device=self.device)
+            if (old := getattr(self, name)).numel():
+                larger[:, :, : old.shape[2] - 1] = old[:, :, :-1]
+            setattr(self, name, larger)
+        self.columns = columns
 
     def hold(self, slot: int, tokens: int) -> None:
         """Forget all but a slot's first tokens, the trunk counted; they must have been fed, or be the trunk."""
         self.length[slot] = tokens - self.trunk_length
 
+    def grow(self, slots: list[int], counts: list[int]) -> None:
+        """Count new tokens into slots[k], and make room where that is needed."""
+        for slot, count in zip(slots, counts):
+            self.length[slot] += count
+        longest = max(self.length[slot] for slot in slots)
+        if longest > self.columns:  # a user who talks longer than foreseen
+            self._make_room(longest + 4 * MESSAGE_TOKENS, self.keys.dtype)
+
     def expect(self, slots: list[int], counts: list[int]) -> torch.Tensor:
-        """Make room for counts[k] new tokens in slots[k], N in all; return their positions (N,)."""
+        """Make room for counts[k] new tokens in slots[k], N in all, slots ascending; return their positions (N,)."""
         columns = [self.length[slot] + k for slot, count in zip(slots, counts) for k in range(count)]
-        missing = max(columns) + 1 - self.keys.shape[3]
-        if (
-            missing > 0
-        ):  # a user who talks longer than foreseen; one after the other, so that one is held twice, not both
-            self.keys = F.pad(self.keys, (0, 0, 0, missing + 4 * MESSAGE_TOKENS))
-            self.values = F.pad(self.values, (0, 0, 0, missing + 4 * MESSAGE_TOKENS))
+        self.grow(slots, counts)
         owners = [slot for slot, count in zip(slots, counts) for _ in range(count)]
         self.slot_N = torch.tensor(owners, device=self.device)
         self.column_N = torch.tensor(columns, device=self.device)
-        for slot, count in zip(slots, counts):
-            self.length[slot] += count
-        first = list(accumulate(counts, initial=0))  # place of each piece among the N
-        single, longer = ([k for k, count in enumerate(counts) if (count > 1) is many] for many in (False, True))
-        # Replies that grow by one token are attended to apart from new pieces: they are not padded to the pieces' length.
-        self.groups = [self._group(slots, counts, first, members) for members in (single, longer) if members]
+        if self.backend is varlen:
+            count_of = dict(zip(slots, counts))
+            starts = list(accumulate((count_of.get(slot, 0) for slot in range(len(self.length))), initial=0))
+            self.pieces = Ragged(
+                *(torch.tensor(x, dtype=torch.int32, device=self.device) for x in (starts, self.length)), max(counts)
+            )
+        else:
+            first = list(accumulate(counts, initial=0))  # place of each piece among the N
+            alone, longer = ([k for k, count in enumerate(counts) if (count > 1) is many] for many in (False, True))
+            # Replies that grow by one token are attended to apart from new pieces: they are not padded to the pieces' length.
+            self.pieces = [self._pad(slots, counts, first, members) for members in (alone, longer) if members]
         return self.column_N + self.trunk_length
 
-    def _group(self, slots, counts, first, members):
+    def expect_one_each(self, column_S, length_S) -> torch.Tensor:
+        """The same for one token of every slot, counted in its length, from tensors alone: nothing here asks the host."""
+        every_S = torch.arange(len(self.length), device=self.device)
+        self.slot_N, self.column_N = every_S, column_S
+        if self.backend is varlen:
+            starts = torch.arange(len(self.length) + 1, dtype=torch.int32, device=self.device)
+            self.pieces = Ragged(starts, length_S.int(), 1)
+        else:
+            unseen_S_1_L = torch.arange(self.columns, device=self.device) >= length_S[:, None, None]
+            every = slice(len(self.length))
+            self.pieces = [Padded(every, every_S[:, None], every_S, unseen_S_1_L, every_S.int(), length_S.int())]
+        return length_S - 1 + self.trunk_length
+
+    def _pad(self, slots, counts, first, members):
         width = max(counts[k] for k in members)
         slots = [slots[k] for k in members]
         place_B_W = [[first[k] + max(0, counts[k] - width + w) for w in range(width)] for k in members]
@@ -262,7 +305,7 @@ class Slots(Cache):
         index_B = slice(slots[0], slots[-1] + 1) if in_a_row else torch.tensor(slots, device=self.device)
         column_L = torch.arange(max(self.length[slot] for slot in slots), device=self.device)
         column_B_W = self.column_N[place_B_W]
-        return Pieces(
+        return Padded(
             index_B,
             place_B_W,
             real_n,
@@ -272,16 +315,18 @@ class Slots(Cache):
         )
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """Write keys and values (1, heads, N, width) of the expected tokens."""
-        self.keys[layer_idx][self.slot_N, :, self.column_N] = key_states[0].transpose(0, 1).to(self.keys.dtype)
-        self.values[layer_idx][self.slot_N, :, self.column_N] = value_states[0].transpose(0, 1).to(self.values.dtype)
+        """Write keys and values (1, K, N, width) of the expected tokens."""
+        self.keys[layer_idx][self.slot_N, self.column_N] = key_states[0].transpose(0, 1).to(self.keys.dtype)
+        self.values[layer_idx][self.slot_N, self.column_N] = value_states[0].transpose(0, 1).to(self.values.dtype)
         return key_states, value_states
 
     def attend(self, layer: int, query, scaling: float):
         """Attention of the expected tokens, query (heads, N, width), each to the trunk and to its own slot up to itself;
         returns (N, heads, width)."""
+        if self.backend is varlen:
+            return varlen(self, layer, self.pieces, query.transpose(0, 1).to(self.keys.dtype), scaling).to(query.dtype)
         out_N = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
-        for pieces in self.groups:
+        for pieces in self.pieces:
             query_B_W = query[:, pieces.place_B_W].permute(1, 2, 0, 3).to(self.keys.dtype)  # (B, W, heads, width)
             read_B_W = self.backend(self, layer, pieces, query_B_W, scaling)
             out_N[pieces.place_B_W.flatten()[pieces.real_n]] = read_B_W.flatten(0, 1)[pieces.real_n].to(out_N.dtype)
@@ -291,13 +336,13 @@ class Slots(Cache):
         """Let slots begin with what `source` holds: the opening that a group shares."""
         length = self.length[source]
         for target in targets:
-            self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
-            self.values[:, target, :, :length] = self.values[:, source, :, :length]
+            self.keys[:, target, :length] = self.keys[:, source, :length]
+            self.values[:, target, :length] = self.values[:, source, :length]
             self.length[target] = length
 
 
 @dataclass
-class Pieces:
+class Padded:
     """New tokens of B slots, W at most. For attention alone they are padded, on the left, by repeating the first."""
 
     slots: slice | torch.Tensor  # (B,)
@@ -308,15 +353,24 @@ class Pieces:
     length_B: torch.Tensor  # of each slot, int32
 
 
-def products(slots: Slots, layer: int, pieces: Pieces, query_B_W, scaling: float):
+@dataclass
+class Ragged:
+    """New tokens of all S slots, one slot's after the other's; none for some."""
+
+    starts_S1: torch.Tensor  # where each slot's begin among the N, int32; the last is N
+    length_S: torch.Tensor  # of each slot, int32
+    longest: int  # of the pieces
+
+
+def products(slots: Slots, layer: int, pieces: Padded, query_B_W, scaling: float):
     """Attention written out, (B, W, heads, width) -> the same shape. The trunk is one matrix product for all slots."""
     B, W, heads, width = query_B_W.shape
     L = pieces.unseen_B_W_L.shape[2]
     trunk_keys, trunk_values = slots.trunk[layer]  # (K, P, width): K key-value heads, each of G query heads
     K, P, _ = trunk_keys.shape
     G = heads // K
-    keys = slots.keys[layer][pieces.slots, :, :L]  # (B, K, L, width)
-    values = slots.values[layer][pieces.slots, :, :L]
+    keys = slots.keys[layer][pieces.slots, :L].transpose(1, 2)  # (B, K, L, width)
+    values = slots.values[layer][pieces.slots, :L].transpose(1, 2)
     query_B_K = query_B_W.view(B, W, K, G, width).permute(0, 2, 3, 1, 4).reshape(B, K, G * W, width) * scaling
     on_own = (query_B_K @ keys.transpose(2, 3)).view(B, K, G, W, L)
     on_own = on_own.masked_fill(pieces.unseen_B_W_L[:, None, None], float("-inf")).view(B, K, G * W, L)
@@ -329,12 +383,12 @@ def products(slots: Slots, layer: int, pieces: Pieces, query_B_W, scaling: float
     return read.view(B, K, G, W, width).permute(0, 3, 1, 2, 4).reshape(B, W, heads, width)
 
 
-def flash(slots: Slots, layer: int, pieces: Pieces, query_B_W, scaling: float):
-    """The same by FlashAttention's decoding kernel, which reads slots in place; the trunk must be in each of them."""
+def flash(slots: Slots, layer: int, pieces: Padded, query_B_W, scaling: float):
+    """The same by flash-attn's decoding kernel, which reads slots in place; the trunk must be in each of them."""
     return flash_attn_with_kvcache(
         query_B_W,
-        slots.keys[layer].transpose(1, 2),  # (slots, columns, K, width)
-        slots.values[layer].transpose(1, 2),
+        slots.keys[layer],  # (slots, columns, K, width)
+        slots.values[layer],
         cache_seqlens=pieces.length_B,
         cache_batch_idx=pieces.slot_B,
         softmax_scale=scaling,
@@ -342,8 +396,33 @@ def flash(slots: Slots, layer: int, pieces: Pieces, query_B_W, scaling: float):
     )
 
 
-def backend_for(device: str, dtype: torch.dtype):
-    return flash if flash_attn_with_kvcache and device == "cuda" and dtype != torch.float32 else products
+def varlen(slots: Slots, layer: int, pieces: Ragged, query_N, scaling: float):
+    """The same by PyTorch's FlashAttention, (N, heads, width) -> the same shape: the cache is one long row of all slots, of
+    which each token reads its own up to itself."""
+    columns = slots.columns + 1
+    slot_starts_S1 = torch.arange(0, len(pieces.starts_S1) * columns, columns, dtype=torch.int32, device=slots.device)
+    return varlen_attn(
+        query_N,
+        slots.keys[layer].flatten(0, 1),  # (slots x columns, K, width)
+        slots.values[layer].flatten(0, 1),
+        pieces.starts_S1,
+        slot_starts_S1,
+        pieces.longest,
+        columns,
+        scale=scaling,
+        window_size=(-1, 0),  # causal, aligned at the last token
+        enable_gqa=True,
+        seqused_k=pieces.length_S,
+    )
+
+
+def backend_for(device: torch.device, dtype: torch.dtype):
+    """FlashAttention on a GPU that has it: flash-attn where installed, else PyTorch's own (2.13; 2.11 knows no slots)."""
+    if device.type != "cuda" or dtype == torch.float32 or torch.cuda.get_device_capability(device) < (8, 0):
+        return products
+    if flash_attn_with_kvcache:
+        return flash
+    return varlen if varlen_attn and "seqused_k" in inspect.signature(varlen_attn).parameters else products
 
 
 def attend_to_slots(module, query, key, value, attention_mask, scaling, slots, **kwargs):
@@ -369,20 +448,63 @@ class FewRows(TorchFunctionMode):
 
 class Generator:
     """A causal LM with `Slots`. The `trunk_ids` are what every slot begins with; `columns` are the tokens that a slot holds
-    beyond them without growing."""
+    beyond them without growing. With `graphs` a pass that feeds no more than one token of each slot is a CUDA graph."""
 
-    def __init__(self, model, dtype=torch.float32, *, slots: int, columns: int = 256, trunk_ids: list[int] = ()):
-        self.model, self.dtype = model, dtype
-        self.cache = Slots(model, slots, columns, dtype, list(trunk_ids))
+    def __init__(
+        self, model, dtype=torch.float32, *, slots: int, columns: int = 256, trunk_ids: list[int] = (),
+        temperature: float = 0.0, eager: bool = False,
+    ):  # fmt: skip
+        self.model, self.dtype, self.temperature = model, dtype, temperature
+        self.cache = Slots(model, slots, columns, dtype, list(trunk_ids), eager)
         self.device = self.cache.device
+        self.graphs = self.device.type == "cuda" and self.cache.backend is not products
+        # Of each slot: next id, its column, length with it, a number in [0, 1).
+        self.inputs_4_S = torch.zeros(4, slots, dtype=torch.float64, device=self.device)
+        self.captured = None  # (keys, replay, what it draws)
 
     @torch.no_grad()
     def feed(self, slots: list[int], pieces: list[list[int]]):
-        """One pass over new ids of some slots, all pieces in one row without padding; logits (B, V) after each piece."""
+        """One pass over new ids of some slots, ascending, all pieces in one row without padding; logits (B, V) after each."""
         counts = list(map(len, pieces))
         position_N = self.cache.expect(slots, counts)
         id_N = torch.tensor([token for piece in pieces for token in piece], device=self.device)
-        last_B = torch.tensor(counts, device=self.device).cumsum(0) - 1
+        return self._forward(id_N, position_N, torch.tensor(counts, device=self.device).cumsum(0) - 1)
+
+    @torch.no_grad()
+    def sample(self, slots: list[int], pieces: list[list[int]], uniforms: list[float]) -> list[tuple[int, float]]:
+        """Feed, then draw: (id, log-prob) for each slot. The host waits once, for the result."""
+        if not self.graphs or max(map(len, pieces)) > 1:
+            logits_B_V = self.feed(slots, pieces)
+            token_B, log_prob_B = draw(logits_B_V, self.temperature, torch.tensor(uniforms, device=self.device))
+            return list(zip(token_B.tolist(), log_prob_B.tolist()))
+        self.inputs_4_S.copy_(self._inputs(slots, pieces, uniforms))
+        if self.captured is None or self.captured[0] is not self.cache.keys:  # slots that have grown lie elsewhere
+            self.captured = self.cache.keys, *capture(self._one_each)
+        _, replay, drawn_2_S = self.captured
+        replay()
+        tokens, log_probs = drawn_2_S.tolist()
+        return [(int(tokens[slot]), log_probs[slot]) for slot in slots]
+
+    def _inputs(self, slots, pieces, uniforms) -> torch.Tensor:
+        """Slots that have nothing to say compute in vain: they see one token, and write to the scratch column."""
+        cache = self.cache
+        columns = [cache.length[slot] for slot in slots]
+        cache.grow(slots, [1] * len(slots))
+        inputs_4_S = torch.tensor([[0.0], [cache.columns], [1.0], [0.0]], dtype=torch.float64).repeat(
+            1, len(cache.length)
+        )
+        lengths = [cache.length[slot] for slot in slots]
+        said = [[piece[0] for piece in pieces], columns, lengths, uniforms]
+        inputs_4_S[:, slots] = torch.tensor(said, dtype=torch.float64)
+        return inputs_4_S
+
+    def _one_each(self):
+        """One token of every slot, always with the same shapes at the same addresses: (ids, log-probs) as (2, S)."""
+        id_S, column_S, length_S = self.inputs_4_S[:3].long()
+        logits_S_V = self._forward(id_S, self.cache.expect_one_each(column_S, length_S), 0)
+        return torch.stack([x.double() for x in draw(logits_S_V, self.temperature, self.inputs_4_S[3].float())])
+
+    def _forward(self, id_N, position_N, logits_to_keep):
         config = self.model.config
         config._attn_implementation, usual = "slots", config._attn_implementation
         try:
@@ -392,12 +514,25 @@ class Generator:
                     position_ids=position_N[None],
                     past_key_values=self.cache,
                     use_cache=True,
-                    logits_to_keep=last_B,
+                    logits_to_keep=logits_to_keep,
                     slots=self.cache,
                 ).logits
         finally:
             config._attn_implementation = usual
         return logits_1_B_V[0].float()
+
+
+def capture(function):
+    """(replay, result) of a CUDA graph of `function`: each replay() does its work anew, on the same addresses."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()  # what kernels set up at first use is no part of the graph
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph.replay, result
 
 
 def draw(logits_B_V, temperature: float, uniform_B):
@@ -551,7 +686,7 @@ def share_openings(generator: Generator, replies: list[Reply]) -> None:
     groups = {}
     for reply in replies:
         groups.setdefault(tuple(reply.piece), []).append(reply)
-    groups = [group for group in groups.values() if len(group) > 1]
+    groups = sorted((group for group in groups.values() if len(group) > 1), key=lambda group: group[0].slot)
     if groups:
         generator.feed([group[0].slot for group in groups], [group[0].piece[:-1] for group in groups])
     for first, *others in groups:
@@ -573,6 +708,7 @@ def rollout(
     temperature: float = 1.0,
     dtype: torch.dtype = torch.float32,
     slots: int | None = None,
+    eager: bool = False,
     on_end=lambda: None,
 ) -> list[Dialogue]:
     """Hold one dialogue per profile; `seeds[i]` alone decides dialogue i's sampling. temperature 0 is greedy. `on_end` is
@@ -588,7 +724,9 @@ def rollout(
     randoms = [torch.Generator().manual_seed(seed) for seed in seeds]
     free = list(range(min(slots or len(profiles), len(profiles))))
     columns = protocol.turns * (max_new_tokens + MESSAGE_TOKENS)
-    generator = Generator(model, dtype, slots=len(free), columns=columns, trunk_ids=chat.head)
+    generator = Generator(
+        model, dtype, slots=len(free), columns=columns, trunk_ids=chat.head, temperature=temperature, eager=eager
+    )
     listening = {simulator.open(profile, protocol.start): (i, None) for i, profile in enumerate(profiles)}
     waiting, speaking = deque(), []  # dialogues that wait for a slot, replies in the making
 
@@ -631,13 +769,13 @@ def rollout(
             continue
 
         speaking.sort(key=lambda reply: reply.slot)  # neighbours in the cache are read without a copy
-        logits_B_V = generator.feed([reply.slot for reply in speaking], [reply.piece for reply in speaking])
-        uniform_B = torch.tensor(
-            [reply.uniforms[len(reply.sampled_ids)] for reply in speaking], device=generator.device
+        drawn = generator.sample(
+            [reply.slot for reply in speaking],
+            [reply.piece for reply in speaking],
+            [reply.uniforms[len(reply.sampled_ids)] for reply in speaking],
         )
-        token_B, log_prob_B = draw(logits_B_V, temperature, uniform_B)
-        drawn, speaking = list(zip(speaking, token_B.tolist(), log_prob_B.tolist())), []
-        for reply, token, log_prob in drawn:
+        spoken, speaking = speaking, []
+        for reply, (token, log_prob) in zip(spoken, drawn):
             reply.sampled_ids.append(token)
             reply.log_probs.append(log_prob)
             reply.piece = [token]
@@ -661,18 +799,14 @@ def rollout(
 
 
 @dataclass
-class Batch:
+class Batch(Sequences):
     """Token sequences, and the N sampled tokens as flat vectors in dialogue order, then turn order.
 
     A dialogue whose turns each extend the one before is one sequence; with --think every turn is a sequence of its own,
-    built from the history that the policy really saw. `trees` has them merged, one tree per dialogue.
+    built from the history that the policy really saw.
     """
 
-    sequences: list[list[int]]
-    row_N: torch.Tensor  # sequence of each sampled token
-    column_N: torch.Tensor  # its place there; it was predicted at column - 1
     id_N: torch.Tensor
-    dialogue_N: torch.Tensor
     turn_N: torch.Tensor
     sampler_log_probs_N: torch.Tensor
     reward_N: torch.Tensor  # a turn's reward sits on its last sampled token, stop token included
@@ -680,39 +814,15 @@ class Batch:
     def __len__(self):
         return len(self.id_N)
 
-    @cached_property
-    def _merged(self):
-        of_dialogue = {}  # dialogue -> its sequences
-        for dialogue, row in sorted(set(zip(self.dialogue_N.tolist(), self.row_N.tolist()))):
-            of_dialogue.setdefault(dialogue, []).append(row)
-        trees, place = [], {}
-        for rows in of_dialogue.values():
-            tree, paths = prefix_tree([self.sequences[row] for row in rows])
-            place |= {row: (len(trees), path) for row, path in zip(rows, paths)}
-            trees.append(tree)
-        predictors = [
-            (place[row][0], place[row][1][column - 1])
-            for row, column in zip(self.row_N.tolist(), self.column_N.tolist())
-        ]
-        return trees, *torch.tensor(predictors).T
-
-    @property
-    def trees(self) -> list[Tree]:
-        return self._merged[0]
-
-    @property
-    def tree_N(self) -> torch.Tensor:
-        """Tree of each sampled token."""
-        return self._merged[1]
-
-    @property
-    def predictor_N(self) -> torch.Tensor:
-        """Place there of the token that predicted it."""
-        return self._merged[2]
+    def part(self, dialogues: list[int]) -> "tuple[Batch, torch.Tensor]":
+        """(the batch of these dialogues alone, indices into N (n,))."""
+        index_n = torch.isin(self.dialogue_N, torch.tensor(dialogues)).nonzero().squeeze(1)
+        columns = [getattr(self, field.name)[index_n] for field in fields(self) if field.name.endswith("_N")]
+        return Batch(self.sequences, *columns), index_n
 
 
 def make_batch(dialogues: list[Dialogue], reward: str) -> Batch:
-    sequences, columns = [], {key: [] for key in ("row", "column", "id", "dialogue", "turn", "log_prob", "reward")}
+    sequences, columns = [], {key: [] for key in ("row", "column", "dialogue", "id", "turn", "log_prob", "reward")}
     for d, dialogue in enumerate(dialogues):
         if dialogue.dropped:
             continue
@@ -725,7 +835,7 @@ def make_batch(dialogues: list[Dialogue], reward: str) -> Batch:
             sequences[-1].extend(turn.sampled_ids)
             for k, (token, log_prob) in enumerate(zip(turn.sampled_ids, turn.log_probs)):
                 last = k == len(turn.sampled_ids) - 1
-                row = (len(sequences) - 1, start + k, token, d, t, log_prob, turn_reward if last else 0.0)
+                row = (len(sequences) - 1, start + k, d, token, t, log_prob, turn_reward if last else 0.0)
                 for column, value in zip(columns.values(), row):
                     column.append(value)
     return Batch(sequences, *(torch.tensor(column) for column in columns.values()))

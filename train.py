@@ -63,8 +63,8 @@ from policy import (
     checkpoint_activations,
     compute_dtype,
     copy_weights,
+    deal,
     frozen_copy,
-    global_sum,
     load_config,
     load_model,
     merge_lora,
@@ -174,6 +174,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations: less memory, more time")
     add(
         "--slots", type=int, help="dialogues held at once per process (default: all, or as many as memory has room for)"
+    )
+    add(
+        "--eager",
+        action="store_true",
+        help="on a GPU: the CPU's plain computations, no FlexAttention, CUDA graphs, kernels",
     )
     add("--micro-tokens", type=int, help="tokens per forward pass; does not change the update")
     add("--train-profiles", default=str(DATA / "train_profiles.jsonl"))
@@ -511,6 +516,8 @@ def load_models(args, device: str, dtype: torch.dtype, ranks: int) -> Models:
     local_llm = None
     if args.simulator == "self":
         local_llm = LocalLLM(frozen_copy(model).to(device, dtype), tokenizer, dtype)
+    if device == "cuda" and not args.eager:
+        model.set_attn_implementation("flex_attention")  # in updates; the generator has its own
     reference = None
     if args.lora:
         adapters = add_lora(model, args.lora)
@@ -616,7 +623,7 @@ def train(args) -> None:
             print_score("held-out score before", summarize(before))
 
     best = out / "best.json"  # [validation score, step] of out/best
-    share = args.batch // ranks  # whole groups: an advantage needs no other rank
+    share = args.batch // ranks  # whole groups: their opening is computed once
     mine = range(rank * share, (rank + 1) * share)
     steps = range(first_step, args.steps)
     for step in tqdm(steps, "training", initial=first_step, total=args.steps, unit="step", disable=not main_process):
@@ -639,12 +646,15 @@ def train(args) -> None:
         if main_process:
             rows = [{"step": step} | dialogue.transcript() for dialogue in all_dialogues]
             append_jsonl(out / "transcripts.jsonl", rows)
-        if problem := broken_users(all_dialogues, share):
+        if problem := broken_users(all_dialogues, ranks):
             if step > first_step:
                 save_checkpoint(out, step, models)
             again = "go on with --resume" if (out / "trainer.pt").exists() else "start again"
             raise UserBroken(f"step {step}: {problem}; mend the simulator and {again}")
-        batch = make_batch(dialogues, args.reward)
+        batch = make_batch(all_dialogues, args.reward)
+        # For the update the dialogues are dealt anew: as many tokens for every rank.
+        sampled = batch.dialogue_N.bincount(minlength=args.batch).tolist()
+        part, index_n = batch.part(deal(sampled, ranks)[rank]) if ranks > 1 else (batch, slice(None))
         clock.append(time.perf_counter())
 
         for optimizer, lr in zip(models.optimizers, (args.lr, args.critic_lr)):
@@ -655,19 +665,20 @@ def train(args) -> None:
             advantages_N, flat_groups = grpo.group_advantages(
                 batch, args.group, per_turn=args.reward != "terminal", gamma=args.gamma, std=not args.no_std
             )
-            metrics = grpo.update(models.policy, models.reference, *models.optimizers, batch, advantages_N, args)
-            (metrics["zero_variance_groups"],) = global_sum([flat_groups], device)
+            metrics = grpo.update(
+                models.policy, models.reference, *models.optimizers, part, advantages_N[index_n], args
+            )
+            metrics["zero_variance_groups"] = flat_groups
         else:
-            metrics = ppo.update(models.policy, models.reference, models.critic, *models.optimizers, batch, args)
+            metrics = ppo.update(models.policy, models.reference, models.critic, *models.optimizers, part, args)
         models.follow()
         clock.append(time.perf_counter())
 
-        (tokens,) = global_sum([len(batch)], device)
         metrics = {"step": step} | rollout_metrics(all_dialogues, args.reward) | metrics
         metrics |= {
             "rollout_seconds": clock[1] - clock[0],
             "update_seconds": clock[2] - clock[1],
-            "tokens_per_second": tokens / (clock[1] - clock[0]),
+            "tokens_per_second": len(batch) / (clock[1] - clock[0]),
             "peak_memory_gb": peak_memory_gb(),
         }
         if main_process:
@@ -709,13 +720,11 @@ def train(args) -> None:
     accelerator.end_training()
 
 
-def broken_users(dialogues, share: int) -> str:
-    """What is wrong when too many dialogues were dropped, or all of one rank's `share`; otherwise nothing."""
-    dropped = [dialogue.dropped for dialogue in dialogues]
-    reasons = [reason for reason in dropped if reason]
-    one_rank_has_none = any(all(dropped[first : first + share]) for first in range(0, len(dropped), share))
-    if len(reasons) > MOST_DROPPED * len(dropped) or one_rank_has_none:
-        return f"{len(reasons)} of {len(dropped)} simulated users broke down, most recently: {reasons[-1]}"
+def broken_users(dialogues, ranks: int) -> str:
+    """What is wrong when too many dialogues were dropped, or fewer are left than ranks; otherwise nothing."""
+    reasons = [dialogue.dropped for dialogue in dialogues if dialogue.dropped]
+    if len(reasons) > min(MOST_DROPPED * len(dialogues), len(dialogues) - ranks):
+        return f"{len(reasons)} of {len(dialogues)} simulated users broke down, most recently: {reasons[-1]}"
     return ""
 
 

@@ -14,6 +14,7 @@ from policy import (
     Policy,
     checkpoint_activations,
     common_prefix,
+    deal,
     frozen_copy,
     micro_batches,
     pack,
@@ -39,7 +40,7 @@ def make(turns_of, rewards_of, prefix=5, seed=0):
         for t, (count, reward) in enumerate(zip(turns, rewards)):
             for k in range(count):
                 sequence += ids(1)
-                rows.append((d, len(sequence) - 1, sequence[-1], d, t, 0.0, reward if k == count - 1 else 0.0))
+                rows.append((d, len(sequence) - 1, d, sequence[-1], t, 0.0, reward if k == count - 1 else 0.0))
             sequence = sequence + ids(3)
         sequences.append(sequence)
     return Batch(sequences, *(torch.tensor(column) for column in zip(*rows)))
@@ -97,7 +98,7 @@ def thinking(turns=4, dialogues=3):
             sequence = history + ids(1)
             for k in range(2 + (d + t) % 3):
                 sequence = sequence + ids(1)
-                rows.append((len(sequences), len(sequence) - 1, sequence[-1], d, t, 0.0, 0.1 * k))
+                rows.append((len(sequences), len(sequence) - 1, d, sequence[-1], t, 0.0, 0.1 * k))
             sequences.append(sequence)
             history = history + ids(4)
     return Batch(sequences, *(torch.tensor(column) for column in zip(*rows)))
@@ -108,7 +109,37 @@ def thinking(turns=4, dialogues=3):
 def test_merged_think_turns_have_the_log_probs_and_gradients_of_single_sequences(kind, micro_tokens):
     model, batch = tiny_model(kind), thinking()
     assert_equal_to_single_sequences(model, batch, micro_tokens, atol=1e-5)
-    assert len(batch.trees) == 3 and sum(map(len, batch.trees)) < 0.6 * sum(map(len, batch.sequences))
+    assert len(batch.sizes) == 3 and sum(batch.sizes.values()) < 0.6 * sum(map(len, batch.sequences))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_row_for_all_with_flex_attention(kind, checkpointing, monkeypatch):
+    """The GPU's way: a GRPO group is one tree, each prefix is computed once, opening included."""
+    # FlexAttention has no compiled backward pass on a CPU; uncompiled its arithmetic runs everywhere.
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+    model = tiny_model(kind)
+    model.set_attn_implementation("flex_attention")
+    if checkpointing:
+        checkpoint_activations(model)
+    rows = []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    for batch in (ragged(), thinking()):
+        with torch.compiler.set_stance("force_eager"):
+            fast = fast_log_probs(model, batch, 1000)
+            fast_gradients = torch.autograd.grad((fast * torch.arange(len(batch))).sum(), list(model.parameters()))
+        together = batch.merge(tuple(sorted(batch.sizes, key=lambda d: -batch.sizes[d])))[0]
+        assert len(together) == sum(batch.sizes.values()) - 5 * (len(batch.sizes) - 1), "the opening once"
+        assert [list(row.shape) for row in rows] == [[1, 128]] and len(together) <= 128
+        rows.clear()
+        plain = tiny_model(kind)
+        slow = slow_log_probs(plain, batch, 0.8)
+        assert torch.allclose(fast, slow, atol=1e-5)
+        slow_gradients = torch.autograd.grad((slow * torch.arange(len(batch))).sum(), list(plain.parameters()))
+        for a, b in zip(fast_gradients, slow_gradients):
+            assert torch.allclose(a, b, atol=1e-4 * max(1, b.abs().max().item()))
 
 
 def test_activation_checkpointing_changes_no_gradient_and_leaves_dropout_off():
@@ -127,19 +158,27 @@ def test_activation_checkpointing_changes_no_gradient_and_leaves_dropout_off():
 
 def test_packed_trees_do_not_see_each_other():
     """Short trees share a row with others; nothing is computed for padding but the end of a row."""
-    places, rows = pack([5, 3, 2, 2])
-    assert rows == 3 and places == [(0, 0), (1, 0), (1, 3), (2, 0)]
+    assert pack([5, 3, 2, 2]) == [[0], [1, 2], [3]]
     model, batch = tiny_model(), make([[9, 8], [1], [2], [3], [2]], [[0.1] * 2] + [[0.1]] * 4)
-    trees = batch.trees
-    assert pack([len(tree) for tree in trees])[1] < len(trees) - 1
+    assert len(pack(list(batch.sizes.values()))) < len(batch.sizes) - 1
     assert_equal_to_single_sequences(model, batch, 1000, atol=1e-4)
+
+
+def test_work_is_dealt_evenly_and_a_part_is_the_batch_of_some_dialogues():
+    assert deal([5, 3, 2, 4], 2) == [[0, 2], [3, 1]] and deal([0, 0, 7], 2) == [[2], [0, 1]]
+    batch = ragged()
+    part, index_n = batch.part([1, 3])
+    assert part.dialogue_N.tolist() == [1] + [3] * 4 and part.id_N.tolist() == batch.id_N[index_n].tolist()
+    assert list(part.sizes) == [1, 3] and part.sizes[3] == batch.sizes[3]
+    model = tiny_model()
+    assert torch.allclose(fast_log_probs(model, part, 1000), fast_log_probs(model, batch, 1000)[index_n], atol=1e-5)
 
 
 def test_micro_batches_cover_everything_and_start_with_the_longest():
     batch = ragged()
     groups = [members for members, _ in micro_batches(batch, 40)]
     assert sorted(row for group in groups for row in group) == [0, 1, 2, 3]
-    longest = max(range(4), key=lambda row: len(batch.trees[row]))
+    longest = max(range(4), key=batch.sizes.get)
     assert longest in groups[0]
     assert common_prefix([[1, 2, 3], [1, 2], [1, 2, 4]]) == 2
 

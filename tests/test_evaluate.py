@@ -228,13 +228,13 @@ def test_tracking_is_100_for_an_oracle_even_if_it_likes_to_say_yes(tokenizer, ch
     def hidden(
         model, batch, rows, dtype
     ):  # stands in for policy.sampled_hidden: the oracle reads the merged copies' text
-        index, answers = [], []
-        for n, (row, place) in enumerate(zip(batch.tree_N.tolist(), batch.predictor_N.tolist())):
-            if row in rows:
-                tree = batch.trees[row]
+        answers, indices = [], []
+        for row in rows:
+            tree, place_n, index_n = batch.merge((row,))
+            for place in place_n.tolist():
                 answers.append(model.answer([tree.ids[k] for k in range(place + 1) if tree.ends[k] > place]))
-                index.append(n)
-        return torch.stack(answers), torch.tensor(index)
+            indices.append(index_n)
+        return torch.stack(answers), torch.cat(indices)
 
     monkeypatch.setattr(probes, "sampled_hidden", hidden)
     rows = [

@@ -6,11 +6,12 @@ from concurrent.futures import Future
 import pytest
 import torch
 from conftest import tiny_model
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import GenerationConfig
 from transformers.generation import configuration_utils
 
 from policy import Chat
-from rollout import Generator, Slots, draw, flash, make_batch, rollout, split_thinking
+from rollout import Generator, Slots, draw, flash, make_batch, rollout, split_thinking, varlen
 from simulator import Protocol, RulesSimulator
 
 
@@ -150,17 +151,69 @@ def kernel(query, keys, values, cache_seqlens, cache_batch_idx, softmax_scale, c
     return out
 
 
+def ragged_kernel(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k
+):  # fmt: skip
+    """What PyTorch documents of varlen_attn, one query at a time; what belongs to no sequence is not written."""
+    assert window_size == (-1, 0) and enable_gqa and cu_seq_q.dtype == cu_seq_k.dtype == seqused_k.dtype == torch.int32
+    assert len(cu_seq_q) == len(cu_seq_k) == len(seqused_k) + 1 and (cu_seq_q.diff() <= max_q).all()
+    assert (seqused_k <= cu_seq_k.diff()).all() and (cu_seq_k.diff() <= max_k).all() and cu_seq_k[-1] == len(key)
+    out = torch.full_like(query, float("nan"))
+    for b in range(len(seqused_k)):
+        start, end, used = cu_seq_q[b], cu_seq_q[b + 1], seqused_k[b]
+        for n in range(start, end):
+            own = slice(cu_seq_k[b], cu_seq_k[b] + used - (end - 1 - n))
+            for head in range(query.shape[1]):
+                group = head * key.shape[1] // query.shape[1]
+                weights = torch.softmax(key[own, group] @ query[n, head] * scale, 0)
+                out[n, head] = weights @ value[own, group]
+    return out
+
+
 @pytest.mark.parametrize("think", [False, True])
-def test_flash_attention_is_called_as_documented(think, model, chat, profiles, monkeypatch):
-    """Without a GPU: the kernel's documented semantics stand in for it, and the tokens must not change."""
+@pytest.mark.parametrize("backend", [flash, varlen])
+def test_flash_attention_is_called_as_documented(backend, think, model, chat, profiles, monkeypatch):
+    """Without a GPU: the kernels' documented semantics stand in for them, and the tokens must not change."""
     model = biased_to_stop(model, chat)
     scripted = lambda: ScriptedThinking(chat) if think else chat  # noqa: E731
     people = [profiles[0], profiles[0], profiles[1]]
     expected = hold(model, scripted(), people, think=think, turns=2)
     monkeypatch.setattr("rollout.flash_attn_with_kvcache", kernel)
-    monkeypatch.setattr("rollout.backend_for", lambda device, dtype: flash)
+    monkeypatch.setattr("rollout.varlen_attn", ragged_kernel)
+    monkeypatch.setattr("rollout.backend_for", lambda device, dtype: backend)
     found = hold(model, scripted(), people, think=think, turns=2)
     assert [[t.sampled_ids for t in d.turns] for d in found] == [[t.sampled_ids for t in d.turns] for d in expected]
+
+
+def recorded(function):
+    """Stands in for a CUDA graph: the operations on tensors are recorded once and done again on the same tensors, while no
+    Python runs; a look at a tensor's value ("host sync") raises while recording."""
+    result, graph = function(), make_fx(lambda: function())()
+    return lambda: result.copy_(graph()), result
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_replayed_passes_draw_the_same_tokens(kind, temperature, chat, profiles, monkeypatch):
+    """A pass of one token of each slot is recorded once. Ragged replies, few slots that grow, and some that wait for a user."""
+    model = biased_to_stop(tiny_model(kind), chat, 3.0)
+    monkeypatch.setattr("rollout.MESSAGE_TOKENS", 8)
+    settings = dict(turns=2, slots=3, temperature=temperature)
+    expected = hold(model, chat, profiles[:5], **settings)
+    captured, init, step = [], Generator.__init__, Generator._one_each
+    monkeypatch.setattr("rollout.capture", lambda function: captured.append(function) or recorded(function))
+    monkeypatch.setattr(
+        Generator, "__init__", lambda self, *a, **k: init(self, *a, **k) or setattr(self, "graphs", True)
+    )
+    calls = []
+    monkeypatch.setattr(Generator, "_one_each", lambda self: calls.append(self) or step(self))
+    settings = dict(slots=3, temperature=temperature, max_new_tokens=12)
+    found = rollout(model, chat, InAnyOrder(1), profiles[:5], list(range(5)), Protocol(60, 2), **settings)
+    for a, b in zip(expected, found):
+        assert [turn.sampled_ids for turn in a.turns] == [turn.sampled_ids for turn in b.turns]
+        assert [turn.log_probs for turn in a.turns] == [pytest.approx(turn.log_probs, abs=1e-5) for turn in b.turns]
+    passes = sum(len(turn.sampled_ids) for dialogue in found for turn in dialogue.turns) / 3
+    assert 2 <= len(captured) < passes / 4 and len(calls) == 2 * len(captured), "recorded anew only where slots grew"
 
 
 def test_seeds_decide(model, chat, profiles):
