@@ -146,25 +146,10 @@ def definition(args) -> dict:
     }
 
 
-def evaluate(
-    model, chat, simulator, profiles, seeds, *, think, max_new_tokens, temperature=0.0, dtype=torch.float32, slots=None
-):
-    """Hold one SAGE dialogue per profile (temperature 0: greedy), at most `slots` at once; return the dialogues."""
+def evaluate(model, chat, simulator, profiles, seeds, **settings):
+    """Hold one SAGE dialogue per profile; return the dialogues. `settings` are those of `rollout`."""
     with tqdm(total=len(profiles), desc="evaluating", unit="dialogue", leave=False) as bar:
-        return rollout(
-            model,
-            chat,
-            simulator,
-            profiles,
-            seeds,
-            SAGE,
-            think=think,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            dtype=dtype,
-            slots=slots,
-            on_end=bar.update,
-        )
+        return rollout(model, chat, simulator, profiles, seeds, SAGE, on_end=bar.update, **settings)
 
 
 def read_transcripts(path: str) -> list[tuple[dict, list[str]]]:
@@ -278,6 +263,7 @@ def main(argv=None) -> int:
     parser.add_argument("--temperature", type=float, default=0.3, help="0 is greedy; the laptop preset trains at 0.7")
     parser.add_argument("--max-new-tokens", type=int, default=24, help="per reply, thinking included")
     parser.add_argument("--slots", type=int, help="dialogues held at once (default: all): bounds the KV cache's memory")
+    parser.add_argument("--eager", action="store_true", help="on a GPU: plain attention, no CUDA graphs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=1, help="hold every dialogue with this many seeds, from --seed on")
     parser.add_argument("--show", type=int, default=3, help="print this many dialogues in full")
@@ -423,13 +409,13 @@ def hold(args, model, tokenizer) -> list[dict]:
     profiles = load_profiles(args.profiles, offline=args.simulator == "rules")
     dtype = compute_dtype(model.device.type)
     chat = Chat(tokenizer, *instructions(args.think, args.examples))
-    llm = LocalLLM(model, tokenizer, dtype) if args.simulator == "self" else None
+    llm = LocalLLM(model, tokenizer, dtype, args.eager) if args.simulator == "self" else None
     users = make_simulator(args, llm, args.user == "adversarial")
-    sampling = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, dtype=dtype, slots=args.slots)
+    sampling = {name: getattr(args, name) for name in "think max_new_tokens temperature slots eager".split()}
     transcripts = []
     for seed in range(args.seed, args.seed + args.seeds):
         seeds = [seed * 1_000_003 + i for i in range(len(profiles))]
-        held = evaluate(model, chat, users, profiles, seeds, think=args.think, **sampling)
+        held = evaluate(model, chat, users, profiles, seeds, dtype=dtype, **sampling)
         transcripts += [dialogue.transcript() | {"seed": seed} for dialogue in held]
     return transcripts
 

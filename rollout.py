@@ -565,8 +565,8 @@ class LocalLLM:
 
     CHANGES = [f" {change}\n" for change in range(-10, 11)]
 
-    def __init__(self, model, tokenizer, dtype: torch.dtype = torch.float32, max_section_tokens: int = 48):
-        self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
+    def __init__(self, model, tokenizer, dtype=torch.float32, eager: bool = False, max_section_tokens: int = 48):
+        self.model, self.tokenizer, self.dtype, self.eager = model, tokenizer, dtype, eager
         self.max_section_tokens = max_section_tokens
         self.name = f"self {model.config.name_or_path}"
         self.waiting = []  # (steps, Future) of turns that wait for `work`
@@ -605,7 +605,8 @@ class LocalLLM:
             prompts.append(self.chats[system].opening(text))
         stop_ids = {*self.line_ends, *self.chats[questions[0][0]].stop_ids}
         trunk = min(common_prefix(prompts), min(map(len, prompts)) - 1)
-        generator = Generator(self.model, self.dtype, slots=len(prompts), trunk_ids=prompts[0][:trunk])
+        settings = dict(slots=len(prompts), trunk_ids=prompts[0][:trunk], eager=self.eager)
+        generator = Generator(self.model, self.dtype, **settings)
         pieces = [prompt[trunk:] for prompt in prompts]
         answers = [""] * len(prompts)
         for name in sections:

@@ -178,7 +178,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add(
         "--eager",
         action="store_true",
-        help="on a GPU: the CPU's plain computations, no FlexAttention, CUDA graphs, kernels",
+        help="on a GPU: plain attention, no CUDA graphs: slower, for debugging",
     )
     add("--micro-tokens", type=int, help="tokens per forward pass; does not change the update")
     add("--train-profiles", default=str(DATA / "train_profiles.jsonl"))
@@ -415,9 +415,9 @@ def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
     layers = config.num_hidden_layers
     kept_layers = layers if args.lora or args.train_layers is None else min(layers, args.train_layers)
     per_token = per_token + layers * config.hidden_size if args.checkpointing else kept_layers * per_token
-    activations = (
-        tokens * width * per_token + 4 * together * columns**2 + 2 * layers * key_width * width * together * shared
-    )
+    activations = tokens * width * per_token + 2 * layers * key_width * width * together * shared
+    if not gpus or args.eager:
+        activations += 4 * together * columns**2  # a dense mask
     # Float32, four times: logits, log-probs, probabilities, gradient.
     logits = 16 * min(sampled, LOGITS_AT_ONCE) * config.vocab_size
     ends = count(model) - count(model.base_model.layers)  # embedding, head, last norm
@@ -515,7 +515,7 @@ def load_models(args, device: str, dtype: torch.dtype, ranks: int) -> Models:
     model, tokenizer = load_model(args.model, home, dtype if args.lora else torch.float32)
     local_llm = None
     if args.simulator == "self":
-        local_llm = LocalLLM(frozen_copy(model).to(device, dtype), tokenizer, dtype)
+        local_llm = LocalLLM(frozen_copy(model).to(device, dtype), tokenizer, dtype, args.eager)
     if device == "cuda" and not args.eager:
         model.set_attn_implementation("flex_attention")  # in updates; the generator has its own
     reference = None
@@ -597,7 +597,7 @@ def train(args) -> None:
             f"{slots} dialogues at once per process, {plan['rollout: KV cache']:.2f} GB of KV cache"
         )
 
-    sampling = dict(think=args.think, max_new_tokens=args.max_new_tokens, dtype=dtype)
+    sampling = dict(think=args.think, max_new_tokens=args.max_new_tokens, dtype=dtype, eager=args.eager)
     longer_slots = max(1, fitting * args.turns // SAGE.turns)  # of held-out dialogues, in the same memory
 
     def held_out(sampler, profiles) -> list[dict]:
