@@ -2,6 +2,7 @@
 
     python bench.py simulator     32 prompted users on a server with 200 ms per call: all at once against one by one
     python bench.py rollout       24 dialogues of SmolLM2: the generator against `model.generate`; users who take their time
+    python bench.py decode        one token more of 4, 32, 128 dialogues: `model.generate`, and what memory bandwidth allows
     python bench.py update        think mode, 8 turns: turns merged into a tree against every turn by itself
     python bench.py trl           a GRPO step of one turn against TRL's GRPOTrainer (needs `pip install trl`)
 
@@ -156,6 +157,64 @@ def rollout(dialogues: int = 24) -> None:
     store("rollout", figures)
 
 
+def decode(prompt: int = 256, tokens: int = 64) -> None:
+    """Seconds of a decoding step on random weights: Qwen2.5-7B's shape in bf16 on a GPU, SmolLM2's on a CPU. The limit is
+    the time in which weights and KV cache can be read once; bandwidth is that of a copy."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    from policy import SMOLLM2, compute_dtype, load_config
+    from rollout import Generator
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    dtype = compute_dtype(device)
+    shape = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28)
+    shape |= dict(num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False)
+    config = Qwen2Config(**shape) if device == "cuda" else load_config(SMOLLM2)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+    def seconds(work, times=1):
+        wait()
+        start = time.perf_counter()
+        for _ in range(times):
+            work()
+        wait()
+        return (time.perf_counter() - start) / times
+
+    source, target = torch.zeros(2, 2**28, dtype=torch.uint8, device=device)
+    seconds(lambda: target.copy_(source))
+    bandwidth = 2 * 2**28 / seconds(lambda: target.copy_(source), 10)
+    weights = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()) * dtype.itemsize
+    figures = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "dtype": str(dtype)}
+    figures |= {"gigabytes_per_second": bandwidth / 1e9, "gigabytes_of_weights": weights / 1e9}
+
+    def measure(rows):
+        ids_B_T = torch.randint(100, 40_000, (rows, prompt), device=device)
+        generator = Generator(model, dtype, slots=rows, columns=prompt + tokens, temperature=1.0)
+        slots, uniforms = list(range(rows)), [0.5] * rows
+        drawn = generator.sample(slots, ids_B_T.tolist(), uniforms)
+
+        def step():
+            nonlocal drawn
+            drawn = generator.sample(slots, [[token] for token, _ in drawn], uniforms)
+
+        seconds(step, 4)  # what is captured, is captured here
+        ours = seconds(step, tokens - 8)
+        settings = dict(do_sample=True, top_k=0, attention_mask=torch.ones_like(ids_B_T), pad_token_id=0)
+        generate = lambda n: model.generate(ids_B_T, min_new_tokens=n, max_new_tokens=n, **settings)  # noqa: E731
+        theirs = (seconds(lambda: generate(tokens)) - seconds(lambda: generate(4))) / (tokens - 4)
+        cache = generator.cache.keys[:, :, : prompt + tokens // 2]
+        limit = (weights + 2 * cache.numel() * cache.itemsize) / bandwidth
+        found = {"seconds_ours": ours, "seconds_generate": theirs, "ratio": theirs / ours}
+        found |= {"seconds_limit": limit, "share_of_bandwidth": limit / ours}
+        figures.update({f"{rows}_{name}": value for name, value in found.items()})
+
+    for rows in (4, 32, 128) if device == "cuda" else (4, 32):
+        measure(rows)
+    store("decode", figures)
+
+
 def update(dialogues: int = 4, turns: int = 8, message: int = 35, thinking: int = 60, reply: int = 20) -> None:
     """Forward and backward of one GRPO micro-batch of SmolLM2 in float32, same tokens both ways; gradients compared."""
     from policy import SMOLLM2, Policy, load_model, micro_batches
@@ -268,7 +327,7 @@ def trl(profiles: int = 3, group: int = 8, new_tokens: int = 24, steps: int = 4)
     store("trl", figures | {"ratio": figures["seconds_trl"] / figures["seconds_ours"]})
 
 
-BENCHMARKS = {"simulator": simulator, "rollout": rollout, "update": update, "trl": trl}
+BENCHMARKS = {"simulator": simulator, "rollout": rollout, "decode": decode, "update": update, "trl": trl}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
