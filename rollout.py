@@ -448,7 +448,7 @@ class FewRows(TorchFunctionMode):
 
 class Generator:
     """A causal LM with `Slots`. The `trunk_ids` are what every slot begins with; `columns` are the tokens that a slot holds
-    beyond them without growing. With `graphs` a pass that feeds no more than one token of each slot is a CUDA graph."""
+    beyond them without growing. On a GPU a pass that feeds no more than one token of each slot is a CUDA graph."""
 
     def __init__(
         self, model, dtype=torch.float32, *, slots: int, columns: int = 256, trunk_ids: list[int] = (),
@@ -530,7 +530,7 @@ def capture(function):
         function()  # what kernels set up at first use is no part of the graph
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog thread may do as it likes
         result = function()
     return graph.replay, result
 
