@@ -520,9 +520,12 @@ class Critic(nn.Module):
         return self.value_head(hidden_n_D.float()).sum(-1), index_n
 
 
-def frozen_copy(model):
-    """The reference policy: a copy that no optimizer touches."""
-    return copy.deepcopy(model).requires_grad_(False)
+def frozen_copy(model, device=None, dtype: torch.dtype | None = None):
+    """A copy that no optimizer touches. Its parameters are in `dtype`, its buffers as they were: rotary frequencies rounded to
+    bfloat16 would turn late positions by a radian, and make another model."""
+    device = device or model.device
+    parameters = {id(p): nn.Parameter(p.detach().to(device, dtype, copy=True), False) for p in model.parameters()}
+    return copy.deepcopy(model, parameters).to(device)  # deepcopy takes these for those that it meets
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -551,7 +554,9 @@ def shard(module, dtype: torch.dtype):
         fully_shard(layer, mp_policy=precision)
     if isinstance(module, Critic):
         fully_shard(module.value_head)  # values in bf16 would be too coarse
-    fully_shard(module, mp_policy=precision)
+    # Its inputs are batches, not tensors to be cast; critic and reference must not stay gathered while the policy works.
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(module, mp_policy=precision, reshard_after_forward=True)
     return module.float()
 
 

@@ -460,7 +460,7 @@ class Generator:
         self.graphs = self.device.type == "cuda" and self.cache.backend is not products
         # Of each slot: next id, its column, length with it, a number in [0, 1).
         self.inputs_4_S = torch.zeros(4, slots, dtype=torch.float64, device=self.device)
-        self.captured = None  # (keys, replay, what it draws)
+        self.captured = None  # (columns of the cache, replay, what it draws)
 
     @torch.no_grad()
     def feed(self, slots: list[int], pieces: list[list[int]]):
@@ -478,8 +478,8 @@ class Generator:
             token_B, log_prob_B = draw(logits_B_V, self.temperature, torch.tensor(uniforms, device=self.device))
             return list(zip(token_B.tolist(), log_prob_B.tolist()))
         self.inputs_4_S.copy_(self._inputs(slots, pieces, uniforms))
-        if self.captured is None or self.captured[0] is not self.cache.keys:  # slots that have grown lie elsewhere
-            self.captured = self.cache.keys, *capture(self._one_each)
+        if self.captured is None or self.captured[0] != self.cache.columns:  # slots that have grown lie elsewhere
+            self.captured = self.cache.columns, *capture(self._one_each)
         _, replay, drawn_2_S = self.captured
         replay()
         tokens, log_probs = drawn_2_S.tolist()

@@ -415,13 +415,18 @@ def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
     layers = config.num_hidden_layers
     kept_layers = layers if args.lora or args.train_layers is None else min(layers, args.train_layers)
     per_token = per_token + layers * config.hidden_size if args.checkpointing else kept_layers * per_token
+    per_token += 2 * config.intermediate_size + 4 * config.hidden_size  # gradients of the layer that is at work
     activations = tokens * width * per_token + 2 * layers * key_width * width * together * shared
     if not gpus or args.eager:
         activations += 4 * together * columns**2  # a dense mask
     # Float32, four times: logits, log-probs, probabilities, gradient.
     logits = 16 * min(sampled, LOGITS_AT_ONCE) * config.vocab_size
     ends = count(model) - count(model.base_model.layers)  # embedding, head, last norm
-    gathered = width * (2 * count(model.base_model.layers) / layers + ends) if ranks > 1 else 0
+    two_layers = 2 * count(model.base_model.layers) / layers
+    # Several GPUs gather weights and, for all ranks' sum, gradients; one has autocast's bf16 copies of the weights.
+    gathered = width * (two_layers + 2 * ends) + 4 * two_layers if ranks > 1 else 0
+    if gpus == 1 and not args.lora:
+        gathered = width * count(model)
     plan = {
         "weights": base * count(model) / ranks,
         "gradients": 4 * count(model, True) / ranks,
@@ -436,7 +441,7 @@ def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
         "rollout: KV cache": 2 * layers * key_width * width * (head + rows * slot),
         "update: activations": activations,
         "update: logits": logits,
-        "update: gathered layers": gathered,
+        "update: gathered weights": gathered,
     }
     plan = {name: size / 1e9 for name, size in plan.items()}
     room = 0.9 * args.gpu_memory - sum(size for name, size in plan.items() if ":" not in name)
@@ -515,29 +520,29 @@ def load_models(args, device: str, dtype: torch.dtype, ranks: int) -> Models:
     model, tokenizer = load_model(args.model, home, dtype if args.lora else torch.float32)
     local_llm = None
     if args.simulator == "self":
-        local_llm = LocalLLM(frozen_copy(model).to(device, dtype), tokenizer, dtype, args.eager)
+        local_llm = LocalLLM(frozen_copy(model, device, dtype), tokenizer, dtype, args.eager)
+    adapters = add_lora(model, args.lora) if args.lora else None
+    copied = ranks > 1 or args.checkpointing or (dtype != torch.float32 and not args.lora)
+    sampler = frozen_copy(model, device, dtype) if copied else model
     if device == "cuda" and not args.eager:
         model.set_attn_implementation("flex_attention")  # in updates; the generator has its own
+    whole_or_sharded = lambda module: shard(module, dtype) if ranks > 1 else module  # noqa: E731
     reference = None
-    if args.lora:
-        adapters = add_lora(model, args.lora)
-    else:
-        reference = Policy(frozen_copy(model), args.temperature, dtype) if args.kl > 0 else None
+    if args.kl > 0 and not args.lora:
+        reference = whole_or_sharded(Policy(frozen_copy(model), args.temperature, dtype))
+    if not args.lora:
         train_upper_layers(model, args.train_layers)
-    copied = ranks > 1 or args.checkpointing or (dtype != torch.float32 and not args.lora)
-    sampler = frozen_copy(model).to(device, dtype) if copied else model
     if args.checkpointing:
         checkpoint_activations(model)
-    policy = Policy(model, args.temperature, dtype)
-    critic = Critic(model, dtype) if args.algo == "ppo" else None
-    if ranks > 1:
-        for module in filter(None, (policy, critic, reference)):
-            shard(module, dtype)
+    critic = whole_or_sharded(Critic(model, dtype)) if args.algo == "ppo" else None
+    policy = whole_or_sharded(Policy(model, args.temperature, dtype))
     if args.lora and args.kl > 0:
         reference = BaseOfLora(policy, adapters)
     modules = [module for module in (policy, critic) if module]
     optimizers = [
-        torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+        torch.optim.AdamW(
+            [p for p in module.parameters() if p.requires_grad], lr=lr, weight_decay=0.0, fused=device == "cuda"
+        )
         for module, lr in zip(modules, (args.lr, args.critic_lr))
     ]
     return Models(tokenizer, policy, reference, critic, sampler, local_llm, modules, optimizers)

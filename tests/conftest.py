@@ -1,10 +1,14 @@
 """Tiny random models and a byte tokenizer made on the fly: no network, no downloads."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the comparisons are in float32, and two ranks share no GPU
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
