@@ -23,9 +23,17 @@ from pathlib import Path
 
 import torch
 
-from simulator import Appraisal, Reaction, User
+import grpo
+from policy import SMOLLM2, Chat, Policy, compute_dtype, frozen_copy, load_config, load_model, micro_batches
+from rollout import Batch, Generator, instructions, make_batch
+from rollout import rollout as hold_dialogues
+from simulator import Appraisal, Protocol, Reaction, RulesSimulator, User, done, load_profiles
 
 ROOT = Path(__file__).parent
+
+
+def people(count: int) -> list:
+    return load_profiles(ROOT / "data" / "train_profiles.jsonl")[:count]
 
 
 def store(name: str, figures: dict) -> None:
@@ -42,9 +50,9 @@ def simulator(dialogues: int = 32, delay: float = 0.2) -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     from stub import Stub
 
-    from simulator import SAGE, PromptedSimulator, ServerLLM, load_profiles
+    from simulator import SAGE, PromptedSimulator, ServerLLM
 
-    profiles = load_profiles(ROOT / "data" / "train_profiles.jsonl")[:dialogues]
+    profiles = people(dialogues)
     seconds = {}
     with Stub(delay=delay) as stub:
         for concurrency in (1, dialogues):
@@ -59,16 +67,14 @@ def simulator(dialogues: int = 32, delay: float = 0.2) -> None:
     store("simulator", figures)
 
 
-class Talkers:
+class Talkers(RulesSimulator):
     """Users who tell a fact a turn and never leave. Each answer takes up to `slowest` seconds, by profile and turn."""
 
     def __init__(self, slowest: float = 0.0):
         self.slowest, self.waited = slowest, {}
 
     def open(self, profile, start):
-        future = Future()
-        future.set_result(User(profile, start, messages=[profile.first_talk]))
-        return future
+        return done(User(profile, start, messages=[profile.first_talk]))
 
     def submit(self, user, reply):
         future, turn = Future(), len(user.messages)
@@ -81,9 +87,6 @@ class Talkers:
         else:
             future.set_result(reaction)
         return future
-
-    def work(self):
-        pass
 
 
 def generate_anew(model, chat, talkers, people, turns, max_new_tokens, temperature) -> list[int]:
@@ -108,23 +111,18 @@ def generate_anew(model, chat, talkers, people, turns, max_new_tokens, temperatu
 
 def hold(way: str, dialogues: int, turns: int, slowest: float = 0.0) -> dict:
     """Hold SmolLM2's dialogues in the laptop's setting. Useful tokens: those up to the stop token."""
-    from policy import SMOLLM2, Chat, compute_dtype, load_model
-    from rollout import instructions
-    from rollout import rollout as hold_dialogues
-    from simulator import Protocol, load_profiles
-
     torch.manual_seed(0)
-    people = load_profiles(ROOT / "data" / "train_profiles.jsonl")[:dialogues]
+    profiles = people(dialogues)
     dtype = compute_dtype("cpu")
     model, tokenizer = load_model(SMOLLM2, "cpu", dtype)
     chat, talkers = Chat(tokenizer, *instructions(False, 8)), Talkers(slowest)
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     start = time.perf_counter()
     if way == "generate":
-        lengths = generate_anew(model, chat, talkers, people, turns, 32, 0.7)
+        lengths = generate_anew(model, chat, talkers, profiles, turns, 32, 0.7)
     else:
         held = hold_dialogues(
-            model, chat, talkers, people, list(range(dialogues)), Protocol(40, turns), max_new_tokens=32, temperature=0.7,
+            model, chat, talkers, profiles, list(range(dialogues)), Protocol(40, turns), max_new_tokens=32, temperature=0.7,
             dtype=dtype,
         )  # fmt: skip
         lengths = [len(turn.sampled_ids) for dialogue in held for turn in dialogue.turns]
@@ -161,9 +159,6 @@ def decode(prompt: int = 256, tokens: int = 64) -> None:
     """Seconds of a decoding step on random weights: Qwen2.5-7B's shape in bf16 on a GPU, SmolLM2's on a CPU. The limit is
     the time in which weights and KV cache can be read once; bandwidth is that of a copy."""
     from transformers import AutoModelForCausalLM, Qwen2Config
-
-    from policy import SMOLLM2, compute_dtype, load_config
-    from rollout import Generator
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -202,7 +197,7 @@ def decode(prompt: int = 256, tokens: int = 64) -> None:
         seconds(step, 4)  # what is captured, is captured here
         ours = seconds(step, tokens - 8)
         settings = dict(do_sample=True, top_k=0, attention_mask=torch.ones_like(ids_B_T), pad_token_id=0)
-        generate = lambda n: model.generate(ids_B_T, min_new_tokens=n, max_new_tokens=n, **settings)  # noqa: E731
+        generate = lambda n: model.generate(ids_B_T, min_new_tokens=n, max_new_tokens=n, **settings)
         theirs = (seconds(lambda: generate(tokens)) - seconds(lambda: generate(4))) / (tokens - 4)
         cache = generator.cache.keys[:, :, : prompt + tokens // 2]
         limit = (weights + 2 * cache.numel() * cache.itemsize) / bandwidth
@@ -217,13 +212,10 @@ def decode(prompt: int = 256, tokens: int = 64) -> None:
 
 def update(dialogues: int = 4, turns: int = 8, message: int = 35, thinking: int = 60, reply: int = 20) -> None:
     """Forward and backward of one GRPO micro-batch of SmolLM2 in float32, same tokens both ways; gradients compared."""
-    from policy import SMOLLM2, Policy, load_model, micro_batches
-    from rollout import Batch
-
     torch.manual_seed(0)
     model, _ = load_model(SMOLLM2)
     policy = Policy(model)
-    ids = lambda n: torch.randint(100, 40_000, (n,)).tolist()  # noqa: E731
+    ids = lambda n: torch.randint(100, 40_000, (n,)).tolist()
     sequences, rows, opening = [], [], ids(60)
     for d in range(dialogues):
         history = opening
@@ -265,12 +257,9 @@ def trl(profiles: int = 3, group: int = 8, new_tokens: int = 24, steps: int = 4)
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    import grpo
-    from policy import SMOLLM2, Chat, Policy, frozen_copy, load_model, model_folder
-    from rollout import instructions, make_batch, rollout
-    from simulator import Protocol, RulesSimulator, load_profiles
+    from policy import model_folder
 
-    people = load_profiles(ROOT / "data" / "train_profiles.jsonl")[:profiles]
+    persons = people(profiles)
     system, examples = instructions(False, 8)
     count = profiles * group
     settings = dict(lr=1e-6, temperature=0.7, kl=0.05)
@@ -284,8 +273,8 @@ def trl(profiles: int = 3, group: int = 8, new_tokens: int = 24, steps: int = 4)
     ours = []
     for _ in range(steps):
         start = time.perf_counter()
-        dialogues = rollout(
-            model, chat, RulesSimulator(), [p for p in people for _ in range(group)], list(range(count)),
+        dialogues = hold_dialogues(
+            model, chat, RulesSimulator(), [p for p in persons for _ in range(group)], list(range(count)),
             Protocol(30, 1), max_new_tokens=new_tokens, temperature=settings["temperature"],
         )  # fmt: skip
         batch = make_batch(dialogues, "terminal")
@@ -307,7 +296,7 @@ def trl(profiles: int = 3, group: int = 8, new_tokens: int = 24, steps: int = 4)
     turns = [{"role": "system", "content": system}]
     for message, reply in examples:
         turns += [{"role": "user", "content": message}, {"role": "assistant", "content": reply}]
-    prompts = [{"prompt": [*turns, {"role": "user", "content": person.first_talk}]} for person in people]
+    prompts = [{"prompt": [*turns, {"role": "user", "content": person.first_talk}]} for person in persons]
     trainer = GRPOTrainer(
         model=str(model_folder(SMOLLM2)),
         reward_funcs=lambda completions, **_: [float(len(set(c[0]["content"].split()))) for c in completions],

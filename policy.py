@@ -13,12 +13,11 @@ import importlib.util
 import os
 import shutil
 import tempfile
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
+import requests
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -40,9 +39,7 @@ class ModelError(ValueError):
     """A model that cannot be loaded; the message says which and what to do."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Loading and saving
-# ----------------------------------------------------------------------------------------------------------------------
+# --- Loading and saving -----------------------------------------------------------------------------------------------
 
 
 def load_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
@@ -69,20 +66,16 @@ def _from_pretrained(kind, name: str, **settings):
     try:
         return kind.from_pretrained(folder, local_files_only=offline, **settings)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"--model {name}: neither a model folder nor within reach on the hub ({reason:.160})"
-        ) from None
+        reason = str(error).strip().splitlines()[0][:160]
+        raise ModelError(f"--model {name}: neither a model folder nor within reach on the hub ({reason})") from None
 
 
 @cache
 def _hub_reachable() -> bool:
     """Ask once, for five seconds at most: the hub's own client would retry for minutes."""
     try:
-        urllib.request.urlopen(urllib.request.Request(HF_ENDPOINT, method="HEAD"), timeout=5)
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
+        requests.head(HF_ENDPOINT, timeout=5)
+    except requests.RequestException:
         return False
     return True
 
@@ -117,17 +110,13 @@ def save_model(model, tokenizer, folder: str | Path, state: dict | None = None) 
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
     model.hf_quantizer = None
-    draft = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=folder.name + ".", dir=folder.parent) as home:
+        draft = Path(home) / folder.name
         model.save_pretrained(draft, state_dict=state)
         tokenizer.save_pretrained(draft)
-        draft.chmod(0o755)
         if folder.exists():
             shutil.rmtree(folder)
         draft.rename(folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
 
 
 def cpu_has_bf16() -> bool:
@@ -188,9 +177,7 @@ def merge_lora(weights: dict) -> dict:
     return merged
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Chat turns as token ids: a dialogue is only ever appended to, never re-encoded
-# ----------------------------------------------------------------------------------------------------------------------
+# --- Chat turns as token ids: a dialogue is only ever appended to, never re-encoded -----------------------------------
 
 
 class Chat:
@@ -221,11 +208,8 @@ class Chat:
         head, rest = text.split(self.USER, 1)
         after_reply, header = rest.split(self.REPLY, 1)[1].split(self.USER, 1)
         self.head, self.opening_header = self._encode(head), self._encode(header)
-        stop_text = next(
-            token
-            for token in sorted(tokenizer.all_special_tokens, key=len, reverse=True)
-            if after_reply.startswith(token)
-        )
+        longest_first = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+        stop_text = next(token for token in longest_first if after_reply.startswith(token))
         self.stop_id = tokenizer.convert_tokens_to_ids(stop_text)
         self.stop_ids = sorted({self.stop_id, tokenizer.eos_token_id})
         self.after_stop = self._encode(after_reply.removeprefix(stop_text))  # e.g. "\n<|im_start|>user\n": not sampled
@@ -249,9 +233,7 @@ class Chat:
         return self.tokenizer.decode([token for token in ids if token not in self.stop_ids], skip_special_tokens=False)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Log-probs and values at the sampled positions
-# ----------------------------------------------------------------------------------------------------------------------
+# --- Log-probs and values at the sampled positions --------------------------------------------------------------------
 
 
 @dataclass
@@ -418,13 +400,8 @@ def sampled_hidden(model, batch: Sequences, members: list[int], dtype: torch.dty
             prefix_1_P = torch.tensor([trees[0].ids[:shared]], device=device)
             past = model.base_model(input_ids=prefix_1_P, past_key_values=past, use_cache=True).past_key_values
             past.batch_repeat_interleave(len(rows))
-        hidden_B_T_D = model.base_model(
-            input_ids=ids_B_T,
-            attention_mask=tree_mask(ends_B_T, shared, flex),
-            position_ids=positions_B_T,
-            past_key_values=past,
-            use_cache=shared > 0,
-        ).last_hidden_state
+        inputs = dict(input_ids=ids_B_T, position_ids=positions_B_T, attention_mask=tree_mask(ends_B_T, shared, flex))
+        hidden_B_T_D = model.base_model(**inputs, past_key_values=past, use_cache=shared > 0).last_hidden_state
     return hidden_B_T_D[row_n.to(device), (place_n - shared).to(device)], index_n
 
 
@@ -433,7 +410,7 @@ def tree_mask(ends_B_T, shared: int, flex: bool):
     B, T = ends_B_T.shape
     if flex:
         compiled = ends_B_T.device.type == "cuda"
-        seen = lambda b, h, q, k: (k <= q) & (q < ends_B_T[b, k])  # noqa: E731
+        seen = lambda b, h, q, k: (k <= q) & (q < ends_B_T[b, k])
         return create_block_mask(seen, B, None, T, T, device=ends_B_T.device, _compile=compiled)
     q_T = torch.arange(T, device=ends_B_T.device)
     visible_B_T_T = (q_T[None, None, :] <= q_T[None, :, None]) & (q_T[None, :, None] < ends_B_T[:, None, :])
@@ -528,9 +505,7 @@ def frozen_copy(model, device=None, dtype: torch.dtype | None = None):
     return copy.deepcopy(model, parameters).to(device)  # deepcopy takes these for those that it meets
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Several processes: FSDP2 shards parameters, gradients and optimizer state; every rank trains on its own dialogues
-# ----------------------------------------------------------------------------------------------------------------------
+# --- Several processes: FSDP2 shards parameters, gradients and optimizer state; every rank trains on its own dialogues
 
 
 def world_size() -> int:

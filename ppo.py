@@ -16,9 +16,7 @@ import torch
 
 from policy import clip_gradients, global_sum, micro_batches, token_diagnostics, world_size
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. Advantages
-# ----------------------------------------------------------------------------------------------------------------------
+# --- 1. Advantages ----------------------------------------------------------------------------------------------------
 
 
 def gae(rewards_N, values_N, batch, *, gamma: float = 1.0, lam: float = 1.0):
@@ -52,9 +50,7 @@ def spread(values_N, device="cpu") -> float:
     return squares / count
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. Losses, one value per token
-# ----------------------------------------------------------------------------------------------------------------------
+# --- 2. Losses, one value per token -----------------------------------------------------------------------------------
 
 
 def policy_loss(log_probs_n, old_log_probs_n, advantages_n, clip: float):
@@ -75,9 +71,7 @@ def kl_penalty(log_probs_n, ref_log_probs_n):
     return log_probs_n - ref_log_probs_n
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. Update
-# ----------------------------------------------------------------------------------------------------------------------
+# --- 3. Update --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -129,10 +123,8 @@ def update(policy, reference, critic, optimizer, critic_optimizer, batch, args) 
             sums["value_loss"] += weight * critic_loss_n.sum().item()
             (weight * scale * critic_loss_n.sum()).backward()
 
-            for name, value in token_diagnostics(
-                batch, index_n, ratio_n, entropy_n, old_log_probs_n, args.clip
-            ).items():
-                sums[name] += weight * value
+            more = token_diagnostics(batch, index_n, ratio_n, entropy_n, old_log_probs_n, args.clip)
+            sums |= {name: sums[name] + weight * value for name, value in more.items()}
         grad_norm = clip_gradients(policy, args.max_grad_norm)
         clip_gradients(critic, args.max_grad_norm)
         for step_of in (optimizer, critic_optimizer):

@@ -12,16 +12,22 @@ import math
 import os
 import re
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import fmean as mean
+from statistics import stdev
 
 import torch
 
 from policy import Chat, Sequences, autocast, micro_batches, sampled_hidden
 from simulator import ServerLLM, UserBroken, details_of, read_sentence, sentences_of
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. Strategies
-# ----------------------------------------------------------------------------------------------------------------------
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean and standard error of the mean; the error of fewer than two values is nan, and so is the mean of none."""
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return mean(values) if values else math.nan, error
+
+
+# --- 1. Strategies ----------------------------------------------------------------------------------------------------
 
 # What a sentence does (simulator.py, section 3) -> the strategy that it belongs to. A feeling counts with a detail of theirs.
 STRATEGIES = {
@@ -78,9 +84,7 @@ def strategies_in(reply: str, told: list[str], fired) -> set[str]:
     return found - {None} or {"other"}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. Ordinary text, tasks: what the model still knows
-# ----------------------------------------------------------------------------------------------------------------------
+# --- 2. Ordinary text, tasks: what the model still knows --------------------------------------------------------------
 
 ORDINARY_TEXT = Path(__file__).parent / "data" / "ordinary_text.txt"
 
@@ -133,9 +137,7 @@ def task_scores(model, tokenizer, tasks: list[str]) -> dict[str, dict[str, float
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. Tracking: does the policy notice how the user feels?
-# ----------------------------------------------------------------------------------------------------------------------
+# --- 3. Tracking: does the policy notice how the user feels? ----------------------------------------------------------
 
 QUESTIONS = ("Did your last reply make me feel better?", "Did your last reply make me feel worse?")
 
@@ -190,9 +192,7 @@ def balanced_accuracy(answers: list[tuple[str, bool, bool]]) -> float | None:
     return 50 * sum(sum(kind) / len(kind) for kind in kinds) if all(kinds) else None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. LLM judge
-# ----------------------------------------------------------------------------------------------------------------------
+# --- 4. LLM judge -----------------------------------------------------------------------------------------------------
 
 CAPABILITIES = {
     "empathic depth": "1: passes over the feelings. 3: names them in general words. 5: names the very feeling, and what in the "
@@ -234,9 +234,8 @@ def judge(llm: ServerLLM, transcripts: list[dict]) -> dict:
             problems.append(str(error))
 
     def over_profiles(key):
-        means = [sum(rating[key] for rating in given) / len(given) for given in ratings.values()]
-        error = stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
-        return [round(mean(means), 2), round(error, 2)]
+        means = [mean(rating[key] for rating in given) for given in ratings.values()]
+        return [round(value, 2) for value in mean_and_error(means)]
 
     return {
         "judged": len(futures) - len(problems),

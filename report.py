@@ -10,7 +10,7 @@ from collections import Counter
 from html import escape
 from pathlib import Path
 
-from simulator import SAGE
+from simulator import SAGE, without_surrogates, write_whole
 
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --ink: #1c1c1e; --soft: #666; --line: #ddd; --box: #f4f4f6; --user: #e4eefb;
@@ -70,7 +70,7 @@ def write_report(path: str | Path, dialogues: dict[str, list[dict]], results: di
 
     It appears under its name whole or not at all. Raises OSError.
     """
-    path, names = Path(path), list(dialogues)
+    names = list(dialogues)
     body = f"""<h1>Emotion scores</h1>
 <p>Every dialogue starts at {SAGE.start} of 100 and has at most {SAGE.turns} appraised replies. Success is an end at 100, failure
 one below 10. Errors are standard errors over profiles.</p>
@@ -88,13 +88,7 @@ where the replies are not in English.</p>
 {bars(names, results, "strategies", *USE)}
 <h2>Dialogues</h2>
 {cases(dialogues)}"""
-    page = PAGE.replace("STYLE", STYLE).replace(
-        "BODY", body.encode("utf-8", "replace").decode()
-    )  # a lone surrogate: "?"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(page, encoding="utf-8")
-    draft.replace(path)
+    write_whole(Path(path), PAGE.replace("STYLE", STYLE).replace("BODY", without_surrogates(body)))
 
 
 def color(i: int) -> str:
@@ -114,9 +108,8 @@ def measures(result: dict) -> dict[str, str]:
     """What was measured beside the score: {label: value in words}."""
     shown = {}
     if tracking := result.get("tracking"):
-        shown["tracking of the emotion, 50 is chance"] = (
-            with_error(*tracking["score"]) if tracking["score"] else "undefined"
-        )
+        score = with_error(*tracking["score"]) if tracking["score"] else "undefined"
+        shown["tracking of the emotion, 50 is chance"] = score
     if ordinary := result.get("guard"):
         shown["perplexity on ordinary text"] = str(ordinary["perplexity"])
         if "kl" in ordinary:
@@ -174,12 +167,10 @@ def trajectories(dialogues: dict) -> str:
         padded = [curve + curve[-1:] * (turns + 1 - len(curve)) for curve in curves]
         drawn += f"<g {color(i)}>{''.join(line(curve, 'one') for curve in curves[:MOST])}</g>"
         means += f"<g {color(i)}>{line([sum(c) / len(c) for c in zip(*padded)], 'mean')}</g>"
-    labels = "".join(
-        f"<span style='right:calc(100% + 6px);bottom:calc({y}% - 9px)'>{y}</span>" for y in (0, 10, 40, 70, 100)
-    )
-    labels += "".join(
-        f"<span style='top:100%;left:calc({100 * k / turns}% - 4px)'>{k}</span>" for k in range(turns + 1)
-    )
+    left, below = "right:calc(100% + 6px);bottom:calc({}% - 9px)", "top:100%;left:calc({}% - 4px)"
+    labels = [(left.format(y), y) for y in (0, 10, 40, 70, 100)]
+    labels += [(below.format(100 * k / turns), k) for k in range(turns + 1)]
+    labels = "".join(f"<span style='{place}'>{number}</span>" for place, number in labels)
     chart = f'<svg viewBox="0 0 100 100" preserveAspectRatio="none">{drawn}{means}</svg>{labels}'
     caption = "Thin: one dialogue. Thick: the mean, in which a dialogue that has ended keeps its last emotion. Across: replies."
     return f'<figure><div class="chart">{chart}</div><figcaption>{caption}</figcaption></figure>'

@@ -48,62 +48,41 @@ THINK_SYSTEM = (
     "</think>. Then reply."
 )
 THINK_OPENING = "<think>\n"
-# Exchanges shown before the dialogue (--examples): a 135M model needs to see what a reply is. (message, thinking, reply)
+# Exchanges shown before the dialogue (--examples): a 135M model needs to see what a reply is.
 EXAMPLES = (
-    (
-        "I failed my driving test again on Friday.",
-        "So many lessons for nothing. They must be frustrated.",
-        "That must be frustrating after all those lessons.",
-    ),
-    (
-        "My boss took my name off the report.",
-        "They cannot see why. What was the boss afraid of?",
-        "Maybe your boss was afraid that the report would make you shine.",
-    ),
-    (
-        "The landlord still won't fix our boiler.",
-        "They need one thing that they can do today.",
-        "You could send the landlord a photo of the boiler and a date.",
-    ),
-    (
-        "I said yes to the extra shift again.",
-        "They wonder about themselves. A question may help.",
-        "What made you say yes to one more shift?",
-    ),
-    (
-        "They blame me for the broken van.",
-        "It was not their fault, and nobody says so.",
-        "The van was old, so it was not your fault that it broke.",
-    ),
-    (
-        "My daughter gave up the violin I love.",
-        "Both of them have a point.",
-        "While you miss the violin, she may feel free without it.",
-    ),
-    (
-        "I found my father's letters in the attic.",
-        "They want to talk about him.",
-        "I'd like to hear about those letters, take your time.",
-    ),
+    ("I failed my driving test again on Friday.", "That must be frustrating after all those lessons."),
+    ("My boss took my name off the report.", "Maybe your boss was afraid that the report would make you shine."),
+    ("The landlord still won't fix our boiler.", "You could send the landlord a photo of the boiler and a date."),
+    ("I said yes to the extra shift again.", "What made you say yes to one more shift?"),
+    ("They blame me for the broken van.", "The van was old, so it was not your fault that it broke."),
+    ("My daughter gave up the violin I love.", "While you miss the violin, she may feel free without it."),
+    ("I found my father's letters in the attic.", "I'd like to hear about those letters, take your time."),
     (
         "I drove my grandfather to the hospital every week.",
-        "Nobody thanked them for it.",
         "It shows real loyalty to drive to that hospital every week.",
     ),
+)
+THOUGHTS = (  # before each of these replies, with --think
+    "So many lessons for nothing. They must be frustrated.",
+    "They cannot see why. What was the boss afraid of?",
+    "They need one thing that they can do today.",
+    "They wonder about themselves. A question may help.",
+    "It was not their fault, and nobody says so.",
+    "Both of them have a point.",
+    "They want to talk about him.",
+    "Nobody thanked them for it.",
 )
 
 
 def instructions(think: bool, examples: int) -> tuple[str, list[tuple[str, str]]]:
     """(system prompt, example exchanges): what the policy is told before every dialogue; the arguments of `Chat`."""
-    if think:
-        shown = [(message, f"{THINK_OPENING}{thinking}</think>\n{reply}") for message, thinking, reply in EXAMPLES]
-        return THINK_SYSTEM, shown[:examples]
-    return SYSTEM, [(message, reply) for message, _, reply in EXAMPLES[:examples]]
+    if not think:
+        return SYSTEM, list(EXAMPLES[:examples])
+    pairs = zip(EXAMPLES[:examples], THOUGHTS)
+    return THINK_SYSTEM, [(said, f"{THINK_OPENING}{thought}</think>\n{reply}") for (said, reply), thought in pairs]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. Dialogue
-# ----------------------------------------------------------------------------------------------------------------------
+# --- 1. Dialogue ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -150,9 +129,8 @@ class Dialogue:
         opening = self.user.messages[0] if self.user.messages else ""
         history = [{"role": "user", "content": opening, "emotion-point": self.start}]
         for turn in self.turns:
-            history.append(
-                {"role": "assistant", "content": turn.reply, "thinking": turn.thinking, "stopped": turn.stopped}
-            )
+            said = {"role": "assistant", "content": turn.reply, "thinking": turn.thinking}
+            history.append(said | {"stopped": turn.stopped})
             if turn.reaction:
                 appraisal = turn.reaction.appraisal
                 planning = {"change": appraisal.change, "fired": appraisal.fired} | appraisal.sections
@@ -185,9 +163,7 @@ def split_thinking(text: str, think: bool) -> tuple[str, str, bool]:
     return match[1].strip(), match[2].strip(), True
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. Generator
-# ----------------------------------------------------------------------------------------------------------------------
+# --- 2. Generator -----------------------------------------------------------------------------------------------------
 
 
 MESSAGE_TOKENS = 64  # of a user's message, foreseen in a slot
@@ -208,9 +184,8 @@ class Slots(Cache):
         windowed = ["sliding_attention"] if getattr(config, "sliding_window", None) else []
         other = set(getattr(config, "layer_types", None) or windowed) - {"full_attention"}
         if other:
-            raise ModelError(
-                f"{config.name_or_path}: has layers of {', '.join(other)}; only full attention is supported"
-            )
+            other = ", ".join(other)
+            raise ModelError(f"{config.name_or_path}: has layers of {other}; only full attention is supported")
         self.backend = products if eager else backend_for(self.device, dtype)
         columns += len(trunk_ids) if self.backend is not products else 0
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -220,9 +195,8 @@ class Slots(Cache):
         self._make_room(columns, dtype)
         self.length = [0] * slots  # tokens that each slot holds, without the trunk
         self.trunk_length = len(trunk_ids)
-        self.trunk = [
-            (self.keys[0, 0, :0].transpose(0, 1),) * 2
-        ] * config.num_hidden_layers  # keys, values (K, P, width)
+        nothing = self.keys[0, 0, :0].transpose(0, 1)
+        self.trunk = [(nothing, nothing)] * config.num_hidden_layers  # keys, values (K, P, width)
         if trunk_ids:
             ids_1_P = torch.tensor([trunk_ids], device=self.device)
             with torch.no_grad(), autocast(self.device.type, dtype):
@@ -271,9 +245,8 @@ class Slots(Cache):
         if self.backend is varlen:
             count_of = dict(zip(slots, counts))
             starts = list(accumulate((count_of.get(slot, 0) for slot in range(len(self.length))), initial=0))
-            self.pieces = Ragged(
-                *(torch.tensor(x, dtype=torch.int32, device=self.device) for x in (starts, self.length)), max(counts)
-            )
+            tensors = (torch.tensor(x, dtype=torch.int32, device=self.device) for x in (starts, self.length))
+            self.pieces = Ragged(*tensors, max(counts))
         else:
             first = list(accumulate(counts, initial=0))  # place of each piece among the N
             alone, longer = ([k for k, count in enumerate(counts) if (count > 1) is many] for many in (False, True))
@@ -305,14 +278,9 @@ class Slots(Cache):
         index_B = slice(slots[0], slots[-1] + 1) if in_a_row else torch.tensor(slots, device=self.device)
         column_L = torch.arange(max(self.length[slot] for slot in slots), device=self.device)
         column_B_W = self.column_N[place_B_W]
-        return Padded(
-            index_B,
-            place_B_W,
-            real_n,
-            column_L > column_B_W[:, :, None],
-            self.slot_N[place_B_W[:, -1]].int(),
-            (column_B_W[:, -1] + 1).int(),
-        )
+        unseen_B_W_L = column_L > column_B_W[:, :, None]
+        slot_B, length_B = self.slot_N[place_B_W[:, -1]].int(), (column_B_W[:, -1] + 1).int()
+        return Padded(index_B, place_B_W, real_n, unseen_B_W_L, slot_B, length_B)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Write keys and values (1, K, N, width) of the expected tokens."""
@@ -385,15 +353,9 @@ def products(slots: Slots, layer: int, pieces: Padded, query_B_W, scaling: float
 
 def flash(slots: Slots, layer: int, pieces: Padded, query_B_W, scaling: float):
     """The same by flash-attn's decoding kernel, which reads slots in place; the trunk must be in each of them."""
-    return flash_attn_with_kvcache(
-        query_B_W,
-        slots.keys[layer],  # (slots, columns, K, width)
-        slots.values[layer],
-        cache_seqlens=pieces.length_B,
-        cache_batch_idx=pieces.slot_B,
-        softmax_scale=scaling,
-        causal=True,  # aligned at the last token, so that padding on the left sees too little, and is dropped
-    )
+    settings = dict(cache_seqlens=pieces.length_B, cache_batch_idx=pieces.slot_B, softmax_scale=scaling)
+    # causal: aligned at the last token, so that padding on the left sees too little, and is dropped.
+    return flash_attn_with_kvcache(query_B_W, slots.keys[layer], slots.values[layer], causal=True, **settings)
 
 
 def varlen(slots: Slots, layer: int, pieces: Ragged, query_N, scaling: float):
@@ -401,23 +363,14 @@ def varlen(slots: Slots, layer: int, pieces: Ragged, query_N, scaling: float):
     which each token reads its own up to itself."""
     columns = slots.columns + 1
     slot_starts_S1 = torch.arange(0, len(pieces.starts_S1) * columns, columns, dtype=torch.int32, device=slots.device)
-    return varlen_attn(
-        query_N,
-        slots.keys[layer].flatten(0, 1),  # (slots x columns, K, width)
-        slots.values[layer].flatten(0, 1),
-        pieces.starts_S1,
-        slot_starts_S1,
-        pieces.longest,
-        columns,
-        scale=scaling,
-        window_size=(-1, 0),  # causal, aligned at the last token
-        enable_gqa=True,
-        seqused_k=pieces.length_S,
-    )
+    keys, values = slots.keys[layer].flatten(0, 1), slots.values[layer].flatten(0, 1)  # (slots x columns, K, width)
+    rows = query_N, keys, values, pieces.starts_S1, slot_starts_S1, pieces.longest, columns
+    # The window (-1, 0): causal, aligned at the last token.
+    return varlen_attn(*rows, scale=scaling, window_size=(-1, 0), enable_gqa=True, seqused_k=pieces.length_S)
 
 
 def backend_for(device: torch.device, dtype: torch.dtype):
-    """FlashAttention on a GPU that has it: flash-attn where installed, else PyTorch's own (2.13; 2.11 knows no slots)."""
+    """FlashAttention on a GPU that has it: flash-attn where installed, else PyTorch's own (from 2.12 on)."""
     if device.type != "cuda" or dtype == torch.float32 or torch.cuda.get_device_capability(device) < (8, 0):
         return products
     if flash_attn_with_kvcache:
@@ -490,9 +443,8 @@ class Generator:
         cache = self.cache
         columns = [cache.length[slot] for slot in slots]
         cache.grow(slots, [1] * len(slots))
-        inputs_4_S = torch.tensor([[0.0], [cache.columns], [1.0], [0.0]], dtype=torch.float64).repeat(
-            1, len(cache.length)
-        )
+        idle_4_1 = torch.tensor([[0.0], [cache.columns], [1.0], [0.0]], dtype=torch.float64)
+        inputs_4_S = idle_4_1.repeat(1, len(cache.length))
         lengths = [cache.length[slot] for slot in slots]
         said = [[piece[0] for piece in pieces], columns, lengths, uniforms]
         inputs_4_S[:, slots] = torch.tensor(said, dtype=torch.float64)
@@ -507,19 +459,13 @@ class Generator:
     def _forward(self, id_N, position_N, logits_to_keep):
         config = self.model.config
         config._attn_implementation, usual = "slots", config._attn_implementation
+        inputs = dict(input_ids=id_N[None], position_ids=position_N[None], logits_to_keep=logits_to_keep)
         try:
             with autocast(self.device.type, self.dtype), FewRows() if self.device.type == "cpu" else nullcontext():
-                logits_1_B_V = self.model(
-                    input_ids=id_N[None],
-                    position_ids=position_N[None],
-                    past_key_values=self.cache,
-                    use_cache=True,
-                    logits_to_keep=logits_to_keep,
-                    slots=self.cache,
-                ).logits
+                output = self.model(**inputs, past_key_values=self.cache, use_cache=True, slots=self.cache)
         finally:
             config._attn_implementation = usual
-        return logits_1_B_V[0].float()
+        return output.logits[0].float()
 
 
 def capture(function):
@@ -551,9 +497,7 @@ def draw(logits_B_V, temperature: float, uniform_B):
     return token_B, log_probs_B_V.gather(1, token_B[:, None]).squeeze(1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. The model as its own simulated user
-# ----------------------------------------------------------------------------------------------------------------------
+# --- 3. The model as its own simulated user ---------------------------------------------------------------------------
 
 
 class LocalLLM:
@@ -563,8 +507,6 @@ class LocalLLM:
     can be spelled, so that even a small model's answer can be read.
     """
 
-    CHANGES = [f" {change}\n" for change in range(-10, 11)]
-
     def __init__(self, model, tokenizer, dtype=torch.float32, eager: bool = False, max_section_tokens: int = 48):
         self.model, self.tokenizer, self.dtype, self.eager = model, tokenizer, dtype, eager
         self.max_section_tokens = max_section_tokens
@@ -573,6 +515,7 @@ class LocalLLM:
         self.chats = {}  # system prompt -> Chat
         vocabulary = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         self.line_ends = [i for i, text in enumerate(vocabulary) if "\n" in text]
+        self.changes = [tokenizer(f" {n}\n", add_special_tokens=False)["input_ids"] for n in range(-10, 11)]
 
     def start(self, steps) -> Future:
         self.waiting.append((steps, Future()))
@@ -612,7 +555,8 @@ class LocalLLM:
         for name in sections:
             heading = self.chats[questions[0][0]].text_ids(f"{name}:")
             pieces = [piece + heading for piece in pieces]
-            written = (self._choose if name == sections[-1] == "Change" else self._write)(generator, pieces, stop_ids)
+            choices = self.changes if name == sections[-1] == "Change" else ()
+            written = self._write(generator, pieces, stop_ids, choices)
             for row, ids in enumerate(written):
                 text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
                 answers[row] += f"{name}: {text}\n"
@@ -620,38 +564,25 @@ class LocalLLM:
             pieces = [ids[-1:] + ([] if ids[-1] in self.line_ends else self.line_ends[:1]) for ids in written]
         return answers
 
-    def _write(self, generator, pieces, stop_ids) -> list[list[int]]:
-        """Greedy decoding of every row up to a stop id or `max_section_tokens`."""
+    def _write(self, generator, pieces, stop_ids, choices=()) -> list[list[int]]:
+        """Greedy decoding of every row up to a stop id or `max_section_tokens`; with `choices`, until it spells one of them."""
         written = [[] for _ in pieces]
         rows = list(range(len(pieces)))
         while rows:
             logits_B_V = generator.feed(rows, pieces)
-            for row, token in zip(rows, logits_B_V.argmax(-1).tolist()):
-                written[row].append(token)
-            rows = [
-                row for row in rows if written[row][-1] not in stop_ids and len(written[row]) < self.max_section_tokens
-            ]
-            pieces = [written[row][-1:] for row in rows]
-        return written
-
-    def _choose(self, generator, pieces, stop_ids) -> list[list[int]]:
-        """Greedy decoding in which only the tokens that spell one of CHANGES are allowed."""
-        choices = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.CHANGES]
-        written = [[] for _ in pieces]
-        rows = list(range(len(pieces)))
-        while rows:
-            logits_B_V = generator.feed(rows, pieces)
-            for row, logits_V in zip(rows, logits_B_V):
-                allowed = sorted({c[len(written[row])] for c in choices if c[: len(written[row])] == written[row]})
-                written[row].append(allowed[int(logits_V[allowed].argmax())])
-            rows = [row for row in rows if written[row] not in choices]
+            for row, token, logits_V in zip(rows, logits_B_V.argmax(-1).tolist(), logits_B_V):
+                ids = written[row]
+                if choices:
+                    allowed = sorted({c[len(ids)] for c in choices if c[: len(ids)] == ids})
+                    token = allowed[int(logits_V[allowed].argmax())]
+                ids.append(token)
+            ended = lambda ids: ids[-1] in stop_ids or len(ids) == self.max_section_tokens
+            rows = [row for row in rows if not (written[row] in choices if choices else ended(written[row]))]
             pieces = [written[row][-1:] for row in rows]
         return written
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. Policy and users take turns
-# ----------------------------------------------------------------------------------------------------------------------
+# --- 4. Policy and users take turns -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -697,21 +628,10 @@ def share_openings(generator: Generator, replies: list[Reply]) -> None:
 
 
 def rollout(
-    model,
-    chat,
-    simulator,
-    profiles: list[Profile],
-    seeds: list[int],
-    protocol: Protocol,
-    *,
-    think: bool = False,
-    max_new_tokens: int = 40,
-    temperature: float = 1.0,
-    dtype: torch.dtype = torch.float32,
-    slots: int | None = None,
-    eager: bool = False,
-    on_end=lambda: None,
-) -> list[Dialogue]:
+    model, chat, simulator, profiles: list[Profile], seeds: list[int], protocol: Protocol, *, think: bool = False,
+    max_new_tokens: int = 40, temperature: float = 1.0, dtype: torch.dtype = torch.float32, slots: int | None = None,
+    eager: bool = False, on_end=lambda: None,
+) -> list[Dialogue]:  # fmt: skip
     """Hold one dialogue per profile; `seeds[i]` alone decides dialogue i's sampling. temperature 0 is greedy. `on_end` is
     called at each dialogue's end (for a progress bar).
 
@@ -770,11 +690,8 @@ def rollout(
             continue
 
         speaking.sort(key=lambda reply: reply.slot)  # neighbours in the cache are read without a copy
-        drawn = generator.sample(
-            [reply.slot for reply in speaking],
-            [reply.piece for reply in speaking],
-            [reply.uniforms[len(reply.sampled_ids)] for reply in speaking],
-        )
+        taken, pieces = [reply.slot for reply in speaking], [reply.piece for reply in speaking]
+        drawn = generator.sample(taken, pieces, [reply.uniforms[len(reply.sampled_ids)] for reply in speaking])
         spoken, speaking = speaking, []
         for reply, (token, log_prob) in zip(spoken, drawn):
             reply.sampled_ids.append(token)
@@ -794,9 +711,7 @@ def rollout(
     return dialogues
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. What to train on
-# ----------------------------------------------------------------------------------------------------------------------
+# --- 5. What to train on ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -823,7 +738,7 @@ class Batch(Sequences):
 
 
 def make_batch(dialogues: list[Dialogue], reward: str) -> Batch:
-    sequences, columns = [], {key: [] for key in ("row", "column", "dialogue", "id", "turn", "log_prob", "reward")}
+    sequences, rows = [], []
     for d, dialogue in enumerate(dialogues):
         if dialogue.dropped:
             continue
@@ -836,7 +751,5 @@ def make_batch(dialogues: list[Dialogue], reward: str) -> Batch:
             sequences[-1].extend(turn.sampled_ids)
             for k, (token, log_prob) in enumerate(zip(turn.sampled_ids, turn.log_probs)):
                 last = k == len(turn.sampled_ids) - 1
-                row = (len(sequences) - 1, start + k, d, token, t, log_prob, turn_reward if last else 0.0)
-                for column, value in zip(columns.values(), row):
-                    column.append(value)
-    return Batch(sequences, *(torch.tensor(column) for column in columns.values()))
+                rows.append((len(sequences) - 1, start + k, d, token, t, log_prob, turn_reward if last else 0.0))
+    return Batch(sequences, *map(torch.tensor, zip(*rows) if rows else [()] * 7))

@@ -37,9 +37,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. Profiles
-# ----------------------------------------------------------------------------------------------------------------------
+# --- 1. Profiles ------------------------------------------------------------------------------------------------------
 
 # The eight hidden intentions: key -> the `task` sentence that a profile carries. The user never says it.
 INTENTIONS = {
@@ -151,9 +149,7 @@ def _check_record(record, where: str, offline: bool) -> None:
         raise ProfileError(f"{where}: field 'feelings' has the unknown key '{unknown[0]}'")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. Emotion
-# ----------------------------------------------------------------------------------------------------------------------
+# --- 2. Emotion -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -194,9 +190,7 @@ def replay(start: int, changes: list[int]) -> list[int]:
     return emotions
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. Reading a reply: not which words it has, but what each sentence does
-# ----------------------------------------------------------------------------------------------------------------------
+# --- 3. Reading a reply: not which words it has, but what each sentence does ------------------------------------------
 
 # Feelings by family: a reply that names a feeling must name one of the person's own.
 FEELINGS = {
@@ -238,14 +232,10 @@ RELATIVES = {
     "aunt": "aunt auntie aunt's",
     "cousin": "cousin cousins cousin's",
 }
-INVERSE = {
-    "son": ("mother", "father"),
-    "daughter": ("mother", "father"),
-    "mother": ("son", "daughter"),
-    "father": ("son", "daughter"),
-    "husband": ("wife",),
-    "wife": ("husband",),
-}  # who has a son may be called his mother
+# Who has a son may be called his mother.
+PARENTS, CHILDREN = ("mother", "father"), ("son", "daughter")
+INVERSE = dict.fromkeys(CHILDREN, PARENTS) | dict.fromkeys(PARENTS, CHILDREN)
+INVERSE |= {"husband": ("wife",), "wife": ("husband",)}
 CALENDAR = set(
     "Monday Tuesday Wednesday Thursday Friday Saturday Sunday January February March April May June July August September "
     "October November December Christmas Easter God".split()
@@ -533,9 +523,7 @@ def _garbled(words: list[str]) -> bool:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. The rule table
-# ----------------------------------------------------------------------------------------------------------------------
+# --- 4. The rule table ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -614,9 +602,7 @@ class Appraisal:
     sections: dict[str, str] = field(default_factory=dict)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. The offline user
-# ----------------------------------------------------------------------------------------------------------------------
+# --- 5. The offline user ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -739,11 +725,8 @@ def _rule_for(sentence: Sentence, profile: Profile, told: set[str]) -> str:
         case "reflect":
             return "reflect 2" if shares([profile.insight], 2) or depth == 2 else "reflect 1"
         case "balance":
-            return (
-                "balance 2"
-                if depth and all(shares([side], 1) for side in profile.sides)
-                else ("balance 1" if depth else "vague")
-            )
+            both = depth and all(shares([side], 1) for side in profile.sides)
+            return "balance 2" if both else "balance 1" if depth else "vague"
         case "motive":
             return "motive 2" if depth and (shares([profile.motive], 2) or depth == 2) else "speculation"
         case "blameless":
@@ -871,35 +854,27 @@ class RulesSimulator:
 
     def open(self, profile: Profile, start: int) -> "Future[User]":
         behaviour = behaviour_of(profile) if self.adversarial else ""
-        return _done(lambda: User(profile, start, self.difficulty, behaviour, [profile.first_talk]))
+        return done(User(profile, start, self.difficulty, behaviour, [profile.first_talk]))
 
     def submit(self, user: User, reply: str) -> "Future[Reaction]":
-        def react():
-            appraisal = appraise(user, reply)
-            user.replies.append(reply)
-            user.emotion = next_emotion(user.emotion, appraisal.change)
-            message = next_message(user, appraisal.change)
-            user.messages.append(message)
-            return Reaction(appraisal, user.emotion, message, says_goodbye(user.emotion))
-
-        return _done(react)
+        appraisal = appraise(user, reply)
+        user.replies.append(reply)
+        user.emotion = next_emotion(user.emotion, appraisal.change)
+        message = next_message(user, appraisal.change)
+        user.messages.append(message)
+        return done(Reaction(appraisal, user.emotion, message, says_goodbye(user.emotion)))
 
     def work(self) -> None:
         pass
 
 
-def _done(function) -> Future:
+def done(result) -> Future:
     future = Future()
-    try:
-        future.set_result(function())
-    except Exception as error:
-        future.set_exception(error)
+    future.set_result(result)
     return future
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 6. The prompted user: an LLM that feels by explicit rules
-# ----------------------------------------------------------------------------------------------------------------------
+# --- 6. The prompted user: an LLM that feels by explicit rules --------------------------------------------------------
 
 # The rules of the environment. {difficulty} and {behaviour} are filled in; everything about the person comes after them, so
 # that all dialogues share this opening.
@@ -984,9 +959,8 @@ RESPOND_SECTIONS = ("Thinking", "Origin", "Change", "Response")
 
 def asked_again(text: str, error, section: str) -> str:
     """The question after an answer that could not be read: for the one section that is needed, which a small model can do."""
-    return (
-        f"{text}\n\n# Your last answer could not be read\n{error}. Write this one line and nothing else:\n{section}: "
-    )
+    problem = f"# Your last answer could not be read\n{error}. Write this one line and nothing else:"
+    return f"{text}\n\n{problem}\n{section}: "
 
 
 # Shown to a server's model before the real question, so that a small one keeps to the format too: sections -> (case, answer).
@@ -1042,17 +1016,13 @@ def split_sections(text: str) -> dict[str, str]:
     """
     opening = re.match(r"\s*(?:```\w*\s*)?(?=\{)", text)
     if opening:  # JSON only where the answer starts with it: a quoted reply may hold some too
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             record = json.JSONDecoder().raw_decode(text, opening.end())[0]
-        except (ValueError, RecursionError):
-            pass
-        else:
-            keys = {key: re.compile(pattern, re.I) for key, pattern in HEADINGS.items()}
             return {
                 key: without_surrogates(str(value))
                 for name, value in record.items()
-                for key, pattern in keys.items()
-                if pattern.fullmatch(name)
+                for key, pattern in HEADINGS.items()
+                if re.fullmatch(pattern, name, re.I)
             }
     before = r"[ \t\u3000*_#>\-\[\]【】()（）「」\"'`]*"
     after = r"[\s*_#>\-\[\]【】()（）「」\"'`]{0,40}"
@@ -1061,6 +1031,14 @@ def split_sections(text: str) -> dict[str, str]:
     found = list(heading.finditer(text))
     ends = [match.start() for match in found[1:]] + [len(text)]
     return {match.lastgroup: text[match.end() : end].strip(" \n\t*`") for match, end in zip(found, ends)}
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write to a name of this thread's own, then rename: the file is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    draft.write_text(content, encoding="utf-8")
+    draft.replace(path)
 
 
 def without_surrogates(text: str) -> str:
@@ -1175,10 +1153,7 @@ class PromptedSimulator:
                 question = system, asked_again(text, error, sections[-1]), sections[-1:]
                 continue
             if path:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                draft = path.with_suffix(f".{os.getpid()}.{id(answer)}")
-                draft.write_text(answer, encoding="utf-8")
-                draft.replace(path)
+                write_whole(path, answer)
             return parsed
         raise UserBroken(f"malformed answer, twice: {reason}")
 
@@ -1202,9 +1177,13 @@ class ServerLLM:
         future = Future()
 
         def run():
+            answer = None
             with self.slots:
                 try:
-                    future.set_result(self._drive(steps))
+                    while True:
+                        answer = self.answer(*steps.send(answer))
+                except StopIteration as end:
+                    future.set_result(end.value)
                 except BaseException as error:
                     future.set_exception(error)
 
@@ -1214,45 +1193,21 @@ class ServerLLM:
     def work(self) -> None:
         pass  # the threads do
 
-    def _drive(self, steps):
-        try:
-            question = next(steps)
-            while True:
-                question = steps.send(self.answer(*question))
-        except StopIteration as end:
-            return end.value
-
     def answer(self, system: str, text: str, sections: tuple[str, ...], integers: tuple[str, ...] = ()) -> str:
         """Ask until an answer comes; raise UserBroken after `attempts` failures or at once where asking again is useless.
         `integers` are the sections that are whole numbers, beside an appraisal's Change."""
-        example = FORMAT_EXAMPLES.get(sections, ())
+        example = zip(("user", "assistant"), FORMAT_EXAMPLES.get(sections, ()))
+        turns = [("system", system), *example, ("user", text)]
         for attempt in range(self.attempts):
-            body = {
-                "model": self.model,
-                "messages": [
-                    {"role": "system", "content": system},
-                    *({"role": role, "content": shown} for role, shown in zip(("user", "assistant"), example)),
-                    {"role": "user", "content": text},
-                ],
-                "temperature": self.temperature,
-                "max_tokens": 512,
-            }
+            body = {"model": self.model, "temperature": self.temperature, "max_tokens": 512}
+            body["messages"] = [{"role": role, "content": content} for role, content in turns]
             with_schema = self.takes_schema
             if with_schema:
-                kinds = {
-                    name: {"type": "integer" if name in integers or sections[-1] == name == "Change" else "string"}
-                    for name in sections
-                }
-                schema = {
-                    "type": "object",
-                    "properties": kinds,
-                    "required": list(sections),
-                    "additionalProperties": False,
-                }
-                body["response_format"] = {
-                    "type": "json_schema",
-                    "json_schema": {"name": "user", "schema": schema, "strict": True},
-                }
+                whole = lambda name: name in integers or sections[-1] == name == "Change"
+                kinds = {name: {"type": "integer" if whole(name) else "string"} for name in sections}
+                schema = {"type": "object", "properties": kinds, "required": list(sections)}
+                schema = {"name": "user", "schema": schema | {"additionalProperties": False}, "strict": True}
+                body["response_format"] = {"type": "json_schema", "json_schema": schema}
             reason, wait = "", 0.5 * 2**attempt * (1 + random.random())  # exponential back-off with jitter
             try:
                 status, headers, content = self._post(body)
@@ -1281,13 +1236,10 @@ class ServerLLM:
         key = os.environ.get("RLVER_API_KEY") or (openai and os.environ.get("OPENAI_API_KEY"))
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         deadline = time.monotonic() + self.timeout
-        with requests.post(
-            f"{self.url}/chat/completions", json=body, headers=headers, timeout=self.timeout, stream=True
-        ) as response:
+        settings = dict(json=body, headers=headers, timeout=self.timeout, stream=True)
+        with requests.post(f"{self.url}/chat/completions", **settings) as response:
             content = b""
-            while piece := response.raw.read1(
-                2**16, decode_content=True
-            ):  # what has come: a trickle meets the deadline too
+            while piece := response.raw.read1(2**16, decode_content=True):  # what has come: a trickle ends in time too
                 content += piece
                 if len(content) > most_bytes:
                     raise ValueError("too long")
@@ -1296,9 +1248,7 @@ class ServerLLM:
             return response.status_code, response.headers, content
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 7. Sit in the chair yourself
-# ----------------------------------------------------------------------------------------------------------------------
+# --- 7. Sit in the chair yourself -------------------------------------------------------------------------------------
 
 
 def add_simulator_flags(parser: argparse.ArgumentParser) -> None:
@@ -1331,9 +1281,7 @@ def make_simulator(args, local_llm=None, adversarial: bool = False):
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Answer a simulated user yourself. An empty line ends the conversation."
-    )
+    parser = argparse.ArgumentParser(description="Answer a simulated user yourself. An empty line ends the talk.")
     parser.add_argument("--profiles", default=str(Path(__file__).parent / "data" / "test_profiles.jsonl"))
     parser.add_argument("--number", type=int, default=1, help="which profile of the file, from 1")
     parser.add_argument("--user", choices=("plain", "adversarial"), default="plain")
@@ -1349,10 +1297,9 @@ def main(argv=None) -> int:
         user = simulator.open(profiles[args.number - 1], SAGE.start).result()
         print(f"[{user.emotion:3d}] {user.messages[-1]}")
         for _ in range(SAGE.turns):
-            try:
+            reply = ""
+            with contextlib.suppress(EOFError):
                 reply = input("  you: ").strip()
-            except EOFError:
-                break
             if not reply:
                 break
             reaction = simulator.submit(user, reply).result()

@@ -30,6 +30,7 @@ import resource
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -38,13 +39,7 @@ import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, gather_object
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as sd
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -57,7 +52,6 @@ from policy import (
     BaseOfLora,
     Chat,
     Critic,
-    ModelError,
     Policy,
     add_lora,
     checkpoint_activations,
@@ -78,64 +72,39 @@ from rollout import MESSAGE_TOKENS, LocalLLM, instructions, make_batch, rollout
 from simulator import (
     RLVER,
     SAGE,
-    ProfileError,
     Protocol,
     UserBroken,
     add_simulator_flags,
     load_profiles,
     make_simulator,
+    write_whole,
 )
 
 MOST_DROPPED = 0.5  # share of a step's dialogues whose user may break down
 DATA = Path(__file__).parent / "data"
-PRESETS = {
-    "laptop": dict(
-        algo="grpo",
-        model=SMOLLM2,
-        examples=8,
-        reward="delta",
-        gamma=0.0,
-        steps=20,
-        batch=24,
-        group=8,
-        turns=3,
-        max_new_tokens=24,
-        temperature=0.7,
-        lr=9e-5,
-        lr_end=0.5,
-        critic_lr=1e-4,
-        warmup=2,
-        kl={
-            "grpo": 0.04,
-            "ppo": 0.001,
-        },  # in PPO's reward a point of emotion is 0.01; GRPO's advantages have deviation 1
-        entropy=0.02,
-        train_layers=22,
-        checkpointing=False,
-        micro_tokens=6000,
-    ),
-    "paper": dict(
-        algo="ppo",
-        model="Qwen/Qwen2.5-7B-Instruct",
-        examples=0,
-        reward="terminal",
-        gamma=1.0,
-        steps=350,
-        batch=32,
-        group=4,
-        turns=RLVER.turns,
-        max_new_tokens=5000,
-        temperature=1.0,
-        lr=1e-6,
-        lr_end=1.0,
-        critic_lr=5e-6,
-        warmup=7,
-        kl=0.0,
-        entropy=0.001,
-        train_layers=None,
-        checkpointing=True,
-        micro_tokens=16384,
-    ),
+PRESETS = ("laptop", "paper")
+SETTINGS = {  # flag: its default per preset
+    "algo": ("grpo", "ppo"),
+    "model": (SMOLLM2, "Qwen/Qwen2.5-7B-Instruct"),
+    "examples": (8, 0),
+    "reward": ("delta", "terminal"),
+    "gamma": (0.0, 1.0),
+    "steps": (20, 350),
+    "batch": (24, 32),
+    "group": (8, 4),
+    "turns": (3, RLVER.turns),
+    "max_new_tokens": (24, 5000),
+    "temperature": (0.7, 1.0),
+    "lr": (9e-5, 1e-6),
+    "lr_end": (0.5, 1.0),
+    "critic_lr": (1e-4, 5e-6),
+    "warmup": (2, 7),
+    # In PPO's reward a point of emotion is 0.01; GRPO's advantages have deviation 1.
+    "kl": ({"grpo": 0.04, "ppo": 0.001}, 0.0),
+    "entropy": (0.02, 0.001),
+    "train_layers": (22, None),
+    "checkpointing": (False, True),
+    "micro_tokens": (6000, 16384),
 }
 
 
@@ -172,14 +141,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--lora", type=int, metavar="RANK", help="train adapters of this rank instead of the weights (needs peft)")
     add("--train-layers", type=int, help="train only this many upper layers")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations: less memory, more time")
-    add(
-        "--slots", type=int, help="dialogues held at once per process (default: all, or as many as memory has room for)"
-    )
-    add(
-        "--eager",
-        action="store_true",
-        help="on a GPU: plain attention, no CUDA graphs: slower, for debugging",
-    )
+    add("--slots", type=int, help="dialogues held at once per process (default: all, or as many as memory has room)")
+    add("--eager", action="store_true", help="on a GPU: plain attention, no CUDA graphs: slower, for debugging")
     add("--micro-tokens", type=int, help="tokens per forward pass; does not change the update")
     add("--train-profiles", default=str(DATA / "train_profiles.jsonl"))
     add("--test-profiles", default=str(DATA / "test_profiles.jsonl"))
@@ -187,20 +150,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--out", default="out", help="folder for metrics, curves, transcripts and the checkpoint")
     add("--save-every", type=int, default=10, help="steps between checkpoints")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add(
-        "--eval-every",
-        type=int,
-        help="steps between scores on held-back training profiles, one per intention and character; the best model is kept",
-    )
+    add("--eval-every", type=int, help="steps between scores on held-back training profiles; the best model is kept")
     add("--patience", type=int, default=3, help="with --eval-every: scores without a new best before the run stops")
     add("--no-eval", action="store_true", help="skip the held-out score before and after")
     add("--plan", action="store_true", help="print the memory that a run needs, without loading weights, and stop")
     add("--gpus", type=int, help="for --plan: number of GPUs; 0 is this CPU")
-    add(
-        "--gpu-memory",
-        type=float,
-        help="GB of each device (default: what it has): a run that needs more does not start",
-    )
+    add("--gpu-memory", type=float, help="GB of each device (default: its own): a run that needs more does not start")
     add("--track", choices=("tensorboard", "wandb"), help="also log to this tracker")
     args = parser.parse_args(argv)
     stored = Path(args.out) / "config.json"
@@ -216,7 +171,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         total = torch.cuda.get_device_properties(0).total_memory if here else psutil.virtual_memory().total
         args.gpu_memory = total / 1e9
     args.preset = args.preset or ("paper" if here else "laptop")
-    for name, value in PRESETS[args.preset].items():
+    for name, values in SETTINGS.items():
+        value = values[PRESETS.index(args.preset)]
         if getattr(args, name) is None:
             setattr(args, name, value[args.algo] if isinstance(value, dict) else value)
     if args.algo == "ppo":
@@ -240,9 +196,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Output: metrics, transcripts, curves, checkpoints
-# ----------------------------------------------------------------------------------------------------------------------
+# --- Output: metrics, transcripts, curves, checkpoints ----------------------------------------------------------------
 
 
 def append_jsonl(path: Path, rows: list[dict]) -> None:
@@ -250,59 +204,42 @@ def append_jsonl(path: Path, rows: list[dict]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
 def keep_steps_before(path: Path, step: int) -> None:
     """Drop what a killed run wrote after its last checkpoint, a line that it only half wrote included."""
     if not path.exists():
         return
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if row["step"] < step:
-            rows.append(row)
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text("", encoding="utf-8")
-    append_jsonl(draft, rows)
-    draft.replace(path)
+    kept = []
+    with suppress(ValueError):
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            if json.loads(line)["step"] < step:
+                kept.append(line + "\n")
+    write_whole(path, "".join(kept))
 
 
 def draw_curves(out: Path) -> None:
     """Redraw out/curves.png from out/metrics.jsonl."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = read_jsonl(out / "metrics.jsonl")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     panels = ("emotion", "change_per_turn", "reply_tokens", "stopped", "entropy", "kl")
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
-    for axis, name in zip(axes.flat, panels):
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    for axis, name in zip(figure.subplots(2, 3).flat, panels):
         axis.plot([row["step"] for row in rows], [row.get(name) for row in rows], marker=".")
         axis.set(title=name.replace("_", " "), xlabel="step")
         axis.grid(alpha=0.3)
     figure.savefig(out / "curves.tmp.png", dpi=100)
-    plt.close(figure)
     (out / "curves.tmp.png").replace(out / "curves.png")
 
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded, so that any number of ranks can go on
+WHOLE = sd.StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded, so that any number of ranks can go on
 
 
 def save_checkpoint(out: Path, step: int, models) -> None:
     """out/checkpoint for `from_pretrained`, out/trainer.pt for --resume; each whole or not at all, trainer.pt last.
 
     Every rank must call this; rank 0 writes."""
-    states = [get_model_state_dict(module, options=WHOLE) for module in models.modules]
-    optimizer_states = [
-        get_optimizer_state_dict(module, optimizer, options=WHOLE)
-        for module, optimizer in zip(models.modules, models.optimizers)
-    ]
+    pairs = zip(models.modules, models.optimizers)
+    states, optimizer_states = zip(*(sd.get_state_dict(*pair, options=WHOLE) for pair in pairs))
     if PartialState().is_main_process:
         save_model(models.policy.model, models.tokenizer, out / "checkpoint", plain_weights(states[0]))
         torch.save({"step": step, "modules": states, "optimizers": optimizer_states}, out / "trainer.tmp.pt")
@@ -312,7 +249,7 @@ def save_checkpoint(out: Path, step: int, models) -> None:
 
 def save_best(out: Path, models) -> None:
     """out/best: the model with the best validation score so far. Every rank must call this."""
-    state = get_model_state_dict(models.policy, options=WHOLE)
+    state = sd.get_model_state_dict(models.policy, options=WHOLE)
     if PartialState().is_main_process:
         save_model(models.policy.model, models.tokenizer, out / "best", plain_weights(state))
     PartialState().wait_for_everyone()
@@ -326,10 +263,9 @@ def plain_weights(state: dict) -> dict:
 def load_checkpoint(out: Path, models) -> int:
     """Put the state of out/trainer.pt into the models, sharded or not; return the next step."""
     state = torch.load(out / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
-    for module, weights in zip(models.modules, state["modules"], strict=True):
-        set_model_state_dict(module, weights, options=WHOLE)
-    for module, optimizer, saved in zip(models.modules, models.optimizers, state["optimizers"]):
-        set_optimizer_state_dict(module, optimizer, saved, options=WHOLE)
+    saved = zip(models.modules, models.optimizers, state["modules"], state["optimizers"], strict=True)
+    for *pair, weights, moments in saved:
+        sd.set_state_dict(*pair, model_state_dict=weights, optim_state_dict=moments, options=WHOLE)
     models.follow()
     return state["step"]
 
@@ -372,9 +308,7 @@ def rollout_metrics(dialogues, reward: str) -> dict:
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The plan: what a run needs, before anything is loaded
-# ----------------------------------------------------------------------------------------------------------------------
+# --- The plan: what a run needs, before anything is loaded ------------------------------------------------------------
 
 
 def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
@@ -431,9 +365,7 @@ def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
         "weights": base * count(model) / ranks,
         "gradients": 4 * count(model, True) / ranks,
         "optimizer": 8 * count(model, True) / ranks,
-        "critic": (base * count(model.base_model) + 12 * count(model.base_model, True)) / ranks
-        if args.algo == "ppo"
-        else 0,
+        "critic": (args.algo == "ppo") * (base * count(model.base_model) + 12 * count(model.base_model, True)) / ranks,
         "reference": 4 * count(model) / ranks if args.kl > 0 and not args.lora else 0,
         "sampler": width * count(model) if ranks > 1 or args.checkpointing or (gpus and not args.lora) else 0,
         "simulator": width * count(model) if args.simulator == "self" else 0,
@@ -457,9 +389,8 @@ def check_memory(plan: dict[str, float], memory_gb: float) -> None:
         most = sorted((name for name in plan if name != "peak"), key=plan.get, reverse=True)[:2]
         advice = {"KV": "--max-new-tokens or --batch", "activations": "--micro-tokens, or --checkpointing"}
         advice |= {"logits": "--micro-tokens", "gathered": "the model"}
-        change = [
-            next((a for key, a in advice.items() if key in name), "the model, more GPUs, or --lora 32") for name in most
-        ]
+        otherwise = "the model, more GPUs, or --lora 32"
+        change = [next((a for key, a in advice.items() if key in name), otherwise) for name in most]
         raise ValueError(
             f"needs about {plan['peak']:.0f} GB of {memory_gb:.0f} GB per device, most of it for "
             f"{most[0]} ({plan[most[0]]:.0f} GB) and {most[1]} ({plan[most[1]]:.0f} GB): lower {change[0]}; or {change[1]}"
@@ -470,10 +401,8 @@ def print_plan(args) -> None:
     gpus = args.gpus
     plan, fitting = memory_plan(args, gpus)
     slots = min(fitting, max(1, args.batch // max(1, gpus)))
-    print(
-        f"{args.model}, {args.algo}{' + think' if args.think else ''}, {f'{gpus} GPUs' if gpus else 'CPU'}, {slots} "
-        "dialogues at once: GB per device"
-    )
+    what, where = args.algo + (" + think" if args.think else ""), f"{gpus} GPUs" if gpus else "CPU"
+    print(f"{args.model}, {what}, {where}, {slots} dialogues at once: GB per device")
     for name, size in plan.items():
         print(f"  {name:26}{size:8.1f}")
     if gpus:  # an H100's rate, at the share of it that such code reaches: 40 % of 990 Tflop/s, 60 % of 3.35 TB/s
@@ -483,16 +412,13 @@ def print_plan(args) -> None:
         update = passes * parameters * args.batch * history / (gpus * 0.4 * 990e12)
         cache = plan["rollout: KV cache"] * 1e9 / 2
         decode = args.turns * args.max_new_tokens * (2 * parameters + cache) / (0.6 * 3.35e12)
-        print(
-            f"  seconds per step, at most: rollout {decode:.0f}, update {update:.0f} (every reply at --max-new-tokens)"
-        )
+        seconds = f"rollout {decode:.0f}, update {update:.0f}"
+        print(f"  seconds per step, at most: {seconds} (every reply at --max-new-tokens)")
     check_memory(plan, args.gpu_memory)
     print(f"  fits into {args.gpu_memory:.0f} GB")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The loop
-# ----------------------------------------------------------------------------------------------------------------------
+# --- The loop ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -526,7 +452,7 @@ def load_models(args, device: str, dtype: torch.dtype, ranks: int) -> Models:
     sampler = frozen_copy(model, device, dtype) if copied else model
     if device == "cuda" and not args.eager:
         model.set_attn_implementation("flex_attention")  # in updates; the generator has its own
-    whole_or_sharded = lambda module: shard(module, dtype) if ranks > 1 else module  # noqa: E731
+    whole_or_sharded = lambda module: shard(module, dtype) if ranks > 1 else module
     reference = None
     if args.kl > 0 and not args.lora:
         reference = whole_or_sharded(Policy(frozen_copy(model), args.temperature, dtype))
@@ -553,15 +479,11 @@ def train(args) -> None:
     offline = args.simulator == "rules"
     train_profiles = load_profiles(args.train_profiles, offline)
     test_profiles = load_profiles(args.test_profiles, offline)
-    validation_profiles = []
-    if args.eval_every:
-        one_of_each = {(profile.task, profile.main_cha): profile for profile in train_profiles}
-        validation_profiles = list(one_of_each.values())
-        train_profiles = [profile for profile in train_profiles if profile not in validation_profiles]
-        if not train_profiles:
-            raise ValueError(
-                f"--eval-every holds back {len(validation_profiles)} profiles: too few in {args.train_profiles}"
-            )
+    one_of_each = {(profile.task, profile.main_cha): profile for profile in train_profiles if args.eval_every}
+    held_back = list(one_of_each.values())
+    train_profiles = [profile for profile in train_profiles if profile not in held_back]
+    if not train_profiles:
+        raise ValueError(f"--eval-every holds back {len(held_back)} profiles: too few in {args.train_profiles}")
     make_simulator(args)  # a wrong flag ends the run before anything is written
     if not args.resume and (out / "metrics.jsonl").exists():
         raise ValueError(f"--out {out}: holds a run already; choose another folder or go on with --resume")
@@ -569,10 +491,7 @@ def train(args) -> None:
         raise ValueError(f"--resume: no checkpoint in {out}")
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # ranks wait for slow users and for checkpoints
     accelerator = Accelerator(
-        log_with=args.track,
-        project_dir=str(out),
-        cpu=not torch.cuda.is_available(),
-        kwargs_handlers=[patience],
+        log_with=args.track, project_dir=str(out), cpu=not torch.cuda.is_available(), kwargs_handlers=[patience]
     )
     rank, ranks, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     if args.batch % (ranks * args.group):
@@ -603,21 +522,14 @@ def train(args) -> None:
         )
 
     sampling = dict(think=args.think, max_new_tokens=args.max_new_tokens, dtype=dtype, eager=args.eager)
-    longer_slots = max(1, fitting * args.turns // SAGE.turns)  # of held-out dialogues, in the same memory
+    training = sampling | dict(temperature=args.temperature, slots=slots)
+    # Held-out dialogues are longer, in the same memory.
+    testing = sampling | dict(temperature=args.eval_temperature, slots=max(1, fitting * args.turns // SAGE.turns))
 
     def held_out(sampler, profiles) -> list[dict]:
         mine = range(rank, len(profiles), ranks)
         seeds = [seed_of(args, -1, i) for i in mine]
-        held = evaluate(
-            sampler,
-            chat,
-            simulator,
-            [profiles[i] for i in mine],
-            seeds,
-            slots=longer_slots,
-            temperature=args.eval_temperature,
-            **sampling,
-        )
+        held = evaluate(sampler, chat, simulator, [profiles[i] for i in mine], seeds, **testing)
         rows = gather_object([(i, dialogue.transcript()) for i, dialogue in zip(mine, held)])
         return [transcript for _, transcript in sorted(rows, key=lambda row: row[0])]
 
@@ -630,23 +542,14 @@ def train(args) -> None:
     best = out / "best.json"  # [validation score, step] of out/best
     share = args.batch // ranks  # whole groups: their opening is computed once
     mine = range(rank * share, (rank + 1) * share)
-    steps = range(first_step, args.steps)
+    steps, protocol = range(first_step, args.steps), Protocol(RLVER.start, args.turns)
     for step in tqdm(steps, "training", initial=first_step, total=args.steps, unit="step", disable=not main_process):
         clock = [time.perf_counter()]
         profiles = draw_profiles(train_profiles, step, args.batch // args.group, args.seed)
         with tqdm(total=share, desc="dialogues", unit="dialogue", leave=False, disable=not main_process) as bar:
-            dialogues = rollout(
-                models.sampler,
-                chat,
-                simulator,
-                [profiles[i // args.group] for i in mine],
-                [seed_of(args, step, i) for i in mine],
-                Protocol(RLVER.start, args.turns),
-                on_end=bar.update,
-                slots=slots,
-                temperature=args.temperature,
-                **sampling,
-            )
+            people = [profiles[i // args.group] for i in mine]
+            seeds = [seed_of(args, step, i) for i in mine]
+            dialogues = rollout(models.sampler, chat, simulator, people, seeds, protocol, on_end=bar.update, **training)
         all_dialogues = gather_object(dialogues)
         if main_process:
             rows = [{"step": step} | dialogue.transcript() for dialogue in all_dialogues]
@@ -667,12 +570,10 @@ def train(args) -> None:
                 warm = min(1.0, (step + 1) / max(1, args.warmup))
                 group["lr"] = lr * warm * (1 - (1 - args.lr_end) * step / args.steps)
         if args.algo == "grpo":
-            advantages_N, flat_groups = grpo.group_advantages(
-                batch, args.group, per_turn=args.reward != "terminal", gamma=args.gamma, std=not args.no_std
-            )
-            metrics = grpo.update(
-                models.policy, models.reference, *models.optimizers, part, advantages_N[index_n], args
-            )
+            settings = dict(per_turn=args.reward != "terminal", gamma=args.gamma, std=not args.no_std)
+            all_advantages_N, flat_groups = grpo.group_advantages(batch, args.group, **settings)
+            advantages_n = all_advantages_N[index_n]
+            metrics = grpo.update(models.policy, models.reference, *models.optimizers, part, advantages_n, args)
             metrics["zero_variance_groups"] = flat_groups
         else:
             metrics = ppo.update(models.policy, models.reference, models.critic, *models.optimizers, part, args)
@@ -697,7 +598,7 @@ def train(args) -> None:
         accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=step)
         stop = False
         if args.eval_every and (step + 1) % args.eval_every == 0:
-            score = summarize(held_out(models.sampler, validation_profiles))["score"]
+            score = summarize(held_out(models.sampler, held_back))["score"]
             best_score, best_step = json.loads(best.read_text()) if best.exists() else (-1.0, 0)
             accelerator.wait_for_everyone()  # every rank has read it
             if score > best_score:
@@ -775,7 +676,7 @@ def main(argv=None) -> int:
         if shutil.disk_usage(folder).free < 2**30:
             raise OSError(f"--out {args.out}: less than 1 GB of disk left")
         train(args)
-    except (ProfileError, ModelError, ValueError, UserBroken, OSError) as error:
+    except (ValueError, UserBroken, OSError) as error:  # ProfileError and ModelError are ValueErrors
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     return 0

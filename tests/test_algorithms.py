@@ -33,7 +33,7 @@ ARGS = SimpleNamespace(
 def make(turns_of, rewards_of, prefix=5, seed=0):
     """A batch: turns_of[d] lists the sampled tokens per turn of dialogue d, rewards_of[d] the reward per turn."""
     rng = torch.Generator().manual_seed(seed)
-    ids = lambda n: torch.randint(3, 250, (n,), generator=rng).tolist()  # noqa: E731
+    ids = lambda n: torch.randint(3, 250, (n,), generator=rng).tolist()
     opening = ids(prefix)
     sequences, rows = [], []
     for d, (turns, rewards) in enumerate(zip(turns_of, rewards_of)):
@@ -91,7 +91,7 @@ def test_packed_and_shared_prefix_log_probs_equal_single_sequences(kind, micro_t
 def thinking(turns=4, dialogues=3):
     """Turns that share a history and leave it again, as with --think: trunk, branch, trunk, branch, ..."""
     rng = torch.Generator().manual_seed(3)
-    ids = lambda n: torch.randint(3, 250, (n,), generator=rng).tolist()  # noqa: E731
+    ids = lambda n: torch.randint(3, 250, (n,), generator=rng).tolist()
     sequences, rows, opening = [], [], ids(5)
     for d in range(dialogues):
         history = opening + ids(2 + d)

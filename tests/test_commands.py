@@ -174,7 +174,7 @@ def test_standard_error():
 
 
 def test_seeds_are_averaged_per_profile_and_only_a_real_difference_is_claimed():
-    rows = lambda *points: [{"id": str(i), "emo_point": p} for i, p in enumerate(points)]  # noqa: E731
+    rows = lambda *points: [{"id": str(i), "emo_point": p} for i, p in enumerate(points)]
     two_seeds = rows(10, 20, 30, 40) + rows(20, 30, 40, 50)
     assert evaluate.score_of_profile(two_seeds) == {"0": 15, "1": 25, "2": 35, "3": 45}
     better = evaluate.compare(rows(30, 42, 50, 62), two_seeds)

@@ -294,7 +294,7 @@ RATING = {key: 3 for key in probes.CAPABILITIES} | {key: -1 for key in probes.CO
 
 
 def test_other_users_and_a_held_out_judge_in_one_call(flags, tiny_folder, tmp_path, capsys):
-    rate = lambda count, system, text: json.dumps(RATING) if "empathic depth" in system else None  # noqa: E731
+    rate = lambda count, system, text: json.dumps(RATING) if "empathic depth" in system else None
     with Stub(rate) as stub:
         more = ["--beyond", "--tracking", "--judge", stub.url, "--judge-model", "stub", "--against", str(tiny_folder)]
         assert evaluate.main([*flags, *more]) == 0

@@ -220,7 +220,7 @@ def test_a_server_that_refuses_the_schema_is_asked_without(profiles):
 
 
 def test_retry_after_is_waited_for(profiles):
-    fault = lambda count, system, text: (429, {"Retry-After": "0.7"}, b"", 0) if count == 1 else None  # noqa: E731
+    fault = lambda count, system, text: (429, {"Retry-After": "0.7"}, b"", 0) if count == 1 else None
     with Stub(fault) as stub:
         simulator = PromptedSimulator(server(stub, longest_wait=5.0))
         user = simulator.open(profiles[0], 40).result()
@@ -302,7 +302,7 @@ def tiny_train(folder, out, *flags):
 
 def test_a_step_with_too_many_broken_users_stops_and_can_go_on(tiny_folder, tmp_path, capsys):
     broken = {"on": False}
-    fault = lambda count, system, text: (401, {}, b"", 0) if broken["on"] else None  # noqa: E731
+    fault = lambda count, system, text: (401, {}, b"", 0) if broken["on"] else None
     with Stub(fault) as stub:
         flags = ("--group", "2", "--simulator", stub.url, "--simulator-model", "stub")
         assert tiny_train(tiny_folder, tmp_path / "o", *flags) == 0

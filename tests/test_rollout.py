@@ -92,8 +92,8 @@ class InAnyOrder(RulesSimulator):
 def test_neither_slots_nor_the_order_of_answers_change_a_dialogue(think, model, chat, profiles):
     """Few slots: new dialogues take those of ended ones. A reply goes on while other users think."""
     model = biased_to_stop(model, chat)
-    scripted = lambda: ScriptedThinking(chat) if think else chat  # noqa: E731
-    ids = lambda dialogues: [[t.sampled_ids for t in d.turns] for d in dialogues]  # noqa: E731
+    scripted = lambda: ScriptedThinking(chat) if think else chat
+    ids = lambda dialogues: [[t.sampled_ids for t in d.turns] for d in dialogues]
     alone = ids(hold(model, scripted(), profiles[:7], think=think))
     for slots, seed in ((7, 1), (3, 2), (1, 3)):
         settings = dict(max_new_tokens=12, temperature=1.0, think=think, slots=slots)
@@ -175,7 +175,7 @@ def ragged_kernel(
 def test_flash_attention_is_called_as_documented(backend, think, model, chat, profiles, monkeypatch):
     """Without a GPU: the kernels' documented semantics stand in for them, and the tokens must not change."""
     model = biased_to_stop(model, chat)
-    scripted = lambda: ScriptedThinking(chat) if think else chat  # noqa: E731
+    scripted = lambda: ScriptedThinking(chat) if think else chat
     people = [profiles[0], profiles[0], profiles[1]]
     expected = hold(model, scripted(), people, think=think, turns=2)
     monkeypatch.setattr("rollout.flash_attn_with_kvcache", kernel)
@@ -217,7 +217,7 @@ def test_replayed_passes_draw_the_same_tokens(kind, temperature, chat, profiles,
 
 
 def test_seeds_decide(model, chat, profiles):
-    ids = lambda dialogues: [[t.sampled_ids for t in d.turns] for d in dialogues]  # noqa: E731
+    ids = lambda dialogues: [[t.sampled_ids for t in d.turns] for d in dialogues]
     same = [profiles[0]] * 3
     first = ids(hold(model, chat, same))
     assert first == ids(hold(model, chat, same))

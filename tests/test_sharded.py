@@ -119,7 +119,7 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(moment, whole,
     assert metrics_of(tmp_path / "killed") == metrics_of(whole)
     for a, b in zip(parameters_of(tmp_path / "killed"), parameters_of(whole)):
         assert all(torch.equal(a[name], b[name]) for name in a)
-    read = lambda folder: (folder / "transcripts.jsonl").read_text()  # noqa: E731
+    read = lambda folder: (folder / "transcripts.jsonl").read_text()
     assert read(tmp_path / "killed") == read(whole)
 
 
