@@ -2,7 +2,7 @@
 
     python bench.py simulator     32 prompted users on a server with 200 ms per call: all at once against one by one
     python bench.py rollout       24 dialogues of SmolLM2: the generator against `model.generate`; users who take their time
-    python bench.py decode        one token more of 4, 32, 128 dialogues: `model.generate`, and what memory bandwidth allows
+    python bench.py decode        one token more of 4, 32 (GPU: 128) dialogues: `model.generate`, and what memory bandwidth allows
     python bench.py update        think mode, 8 turns: turns merged into a tree against every turn by itself
     python bench.py trl           a GRPO step of one turn against TRL's GRPOTrainer (needs `pip install trl`)
 
@@ -110,7 +110,7 @@ def generate_anew(model, chat, talkers, people, turns, max_new_tokens, temperatu
 
 
 def hold(way: str, dialogues: int, turns: int, slowest: float = 0.0) -> dict:
-    """Hold SmolLM2's dialogues in the laptop's setting. Useful tokens: those up to the stop token."""
+    """Hold SmolLM2's dialogues with the laptop's prompt and temperature. Useful tokens: those up to the stop token."""
     torch.manual_seed(0)
     profiles = people(dialogues)
     dtype = compute_dtype("cpu")

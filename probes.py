@@ -117,7 +117,7 @@ def require_lm_eval():
         import lm_eval
         from lm_eval.models.huggingface import HFLM
     except ImportError:
-        raise ValueError("--tasks: package not installed; run `pip install lm_eval`") from None
+        raise ValueError("--tasks: package not installed; run `pip install 'lm_eval[math,ifeval]'`") from None
     return lm_eval, HFLM
 
 

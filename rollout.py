@@ -91,7 +91,7 @@ class Turn:
 
     prompt_ids: list[int]
     sampled_ids: list[int]
-    log_probs: list[float]  # the sampler's, for measuring its gap to the trainer's
+    log_probs: list[float]  # the sampler's: for PPO's KL, and for the gap to the trainer's
     stopped: bool  # ended by a stop token, not by the token limit
     thinking: str
     reply: str

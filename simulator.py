@@ -17,8 +17,8 @@ Deliberate deviations from the paper
     - The paper's user is a large LLM (section 6). The default, offline user is a table of rules, so that training needs no
       network, every change can be re-derived from a transcript, and a laptop can run it. The signs of the weights follow what 9,425
       appraisals by DeepSeek-V3 reward; the "serves" rules, one per hidden intention, are ours.
-    - The profiles are our own, in English, with no persona in both splits (47 of the 100 official test personas
-      also occur in the official train split).
+    - The profiles are our own, in English, with no persona in both splits (54 of the 100 official test profiles
+      have a persona that also occurs in the official train split).
 """
 
 import argparse
@@ -635,7 +635,7 @@ def appraise(user: User, reply: str) -> Appraisal:
 
     def fire(name: str, evidence: str = "") -> int:
         if any(name == earlier for earlier, _, _ in fired):
-            return 0  # every rule fires once a reply, so that two mistakes are worse than one
+            return 0  # at most once a reply; different mistakes add up
         points = RULES[name].weights[column]
         if user.difficulty == "challenging" and 0 < points < SERVES:
             points = 0
@@ -1232,7 +1232,7 @@ class ServerLLM:
     def _post(self, body: dict, most_bytes: int = 2**18):
         import requests
 
-        openai = (urlsplit(self.url).hostname or "").endswith("openai.com")
+        openai = f".{urlsplit(self.url).hostname}".endswith(".openai.com")
         key = os.environ.get("RLVER_API_KEY") or (openai and os.environ.get("OPENAI_API_KEY"))
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         deadline = time.monotonic() + self.timeout

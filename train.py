@@ -19,6 +19,7 @@ Deliberate deviations from the paper, laptop preset only
     - `delta` rewards without discount over turns (gamma 0): each reply is credited with the emotion change that it caused
       itself. With 20 steps there is no time to find out which of several replies earned a final emotion.
     - Sampling at temperature 0.7: at temperature 1 a 135M model writes noise. All log-probs are of that same policy.
+    - A KL penalty, example exchanges in the prompt, three turns in training, and a learning rate that falls to half.
 Held-out dialogues are sampled at --eval-temperature, 0.3 with both presets: training has to explore, an answer has not.
 """
 
@@ -487,7 +488,8 @@ def train(args) -> None:
     make_simulator(args)  # a wrong flag ends the run before anything is written
     if not args.resume and (out / "metrics.jsonl").exists():
         raise ValueError(f"--out {out}: holds a run already; choose another folder or go on with --resume")
-    if args.resume and not (out / "trainer.pt").exists():
+    resumed = args.resume and (out / "trainer.pt").exists()  # a run killed before its first checkpoint begins anew
+    if args.resume and not resumed and not (out / "metrics.jsonl").exists():
         raise ValueError(f"--resume: no checkpoint in {out}")
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # ranks wait for slow users and for checkpoints
     accelerator = Accelerator(
@@ -509,7 +511,7 @@ def train(args) -> None:
     models = load_models(args, device, dtype, ranks)
     chat = Chat(models.tokenizer, *instructions(args.think, args.examples))
     simulator = make_simulator(args, models.local_llm)
-    first_step = load_checkpoint(out, models) if args.resume else 0
+    first_step = load_checkpoint(out, models) if resumed else 0
     if main_process:
         for name in ("metrics.jsonl", "transcripts.jsonl"):
             keep_steps_before(out / name, first_step)

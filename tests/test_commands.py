@@ -88,6 +88,9 @@ def test_same_seed_same_run_and_resume_equals_uninterrupted(tiny_folder, tmp_pat
     assert train.main(["--out", out, "--steps", "3", "--resume"]) == 0
     assert (tmp_path / "d" / "transcripts.jsonl").read_text() == transcripts[0]
     assert metrics_of(tmp_path / "d") == metrics_of(tmp_path / "a")
+    (tmp_path / "d" / "trainer.pt").unlink()  # killed before the first checkpoint: the same run anew
+    assert train.main(["--out", out, "--steps", "3", "--resume"]) == 0
+    assert metrics_of(tmp_path / "d") == metrics_of(tmp_path / "a")
 
 
 def test_the_best_model_on_held_back_profiles_is_kept_and_ends_the_run(tiny_folder, tmp_path, capsys):

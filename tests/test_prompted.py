@@ -446,3 +446,9 @@ def test_keys_stay_where_they_belong(monkeypatch, capsys):
     with Stub() as stub:
         server(stub).answer("s", "t", sim.RESPOND_SECTIONS)
     assert "Authorization" not in stub.headers[0], "OpenAI's key is for OpenAI"
+    sent = []
+    monkeypatch.setattr("requests.post", lambda url, headers, **settings: sent.append(headers) or 1 / 0)
+    for host in ("api.openai.com", "notopenai.com", "openai.com.example.org"):
+        with pytest.raises(ZeroDivisionError):
+            ServerLLM(f"https://{host}/v1", "m")._post({})
+    assert [bool(headers) for headers in sent] == [True, False, False]
