@@ -180,7 +180,7 @@ def decode(prompt: int = 256, tokens: int = 64) -> None:
     source, target = torch.zeros(2, 2**28, dtype=torch.uint8, device=device)
     seconds(lambda: target.copy_(source))
     bandwidth = 2 * 2**28 / seconds(lambda: target.copy_(source), 10)
-    weights = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()) * dtype.itemsize
+    weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     figures = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "dtype": str(dtype)}
     figures |= {"gigabytes_per_second": bandwidth / 1e9, "gigabytes_of_weights": weights / 1e9}
 

@@ -81,7 +81,8 @@ def kl_loss(log_probs_n, ref_log_probs_n, ratio_n):
 
 
 def update(policy, reference, optimizer, batch, advantages_N, args) -> dict:
-    """`args.epochs` passes over one batch, one optimizer step each. Returns the last pass's metrics, averaged over the sampled tokens.
+    """`args.epochs` passes over one batch, one optimizer step each. Returns the last pass's metrics, averaged over the sampled
+    tokens.
 
     The loss is a mean over the sampled tokens of all ranks: each rank divides its own sum by their number, and since
     sharding averages gradients over ranks, multiplies by the number of ranks.

@@ -305,13 +305,17 @@ class Sequences:
     def _merged(self) -> dict:
         return {}
 
+    def tokens_of(self, dialogues) -> torch.Tensor:
+        """Indices into N of the tokens of some dialogues (n,)."""
+        return torch.isin(self.dialogue_N, torch.tensor(dialogues)).nonzero().squeeze(1)
+
     def merge(self, dialogues: tuple[int, ...]):
         """(tree of these dialogues, place there of the token that predicts each of theirs (n,), indices into N (n,))."""
         if dialogues not in self._merged:
             rows = [row for dialogue in dialogues for row in self._rows[dialogue]]
             tree, paths = prefix_tree([self.sequences[row] for row in rows])
             path_of = dict(zip(rows, paths))
-            index_n = torch.isin(self.dialogue_N, torch.tensor(dialogues)).nonzero().squeeze(1)
+            index_n = self.tokens_of(dialogues)
             pairs = zip(self.row_N[index_n].tolist(), self.column_N[index_n].tolist())
             self._merged[dialogues] = tree, torch.tensor([path_of[row][column - 1] for row, column in pairs]), index_n
         return self._merged[dialogues]

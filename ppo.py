@@ -89,7 +89,8 @@ def _before(reference, critic, batch, args):
 
 
 def update(policy, reference, critic, optimizer, critic_optimizer, batch, args) -> dict:
-    """`args.epochs` passes over one batch, one optimizer step each. Returns the last pass's metrics, averaged over the sampled tokens.
+    """`args.epochs` passes over one batch, one optimizer step each. Returns the last pass's metrics, averaged over the sampled
+    tokens.
 
     The loss is a mean over the sampled tokens of all ranks: each rank divides its own sum by their number, and since
     sharding averages gradients over ranks, multiplies by the number of ranks.

@@ -222,6 +222,8 @@ class Slots(Cache):
                 larger[:, :, : old.shape[2] - 1] = old[:, :, :-1]
             setattr(self, name, larger)
         self.columns = columns
+        every = columns + 1
+        self.slot_starts_S1 = torch.arange(0, slots * every + 1, every, dtype=torch.int32, device=self.device)
 
     def hold(self, slot: int, tokens: int) -> None:
         """Forget all but a slot's first tokens, the trunk counted; they must have been fed, or be the trunk."""
@@ -361,10 +363,8 @@ def flash(slots: Slots, layer: int, pieces: Padded, query_B_W, scaling: float):
 def varlen(slots: Slots, layer: int, pieces: Ragged, query_N, scaling: float):
     """The same by PyTorch's FlashAttention, (N, heads, width) -> the same shape: the cache is one long row of all slots, of
     which each token reads its own up to itself."""
-    columns = slots.columns + 1
-    slot_starts_S1 = torch.arange(0, len(pieces.starts_S1) * columns, columns, dtype=torch.int32, device=slots.device)
     keys, values = slots.keys[layer].flatten(0, 1), slots.values[layer].flatten(0, 1)  # (slots x columns, K, width)
-    rows = query_N, keys, values, pieces.starts_S1, slot_starts_S1, pieces.longest, columns
+    rows = query_N, keys, values, pieces.starts_S1, slots.slot_starts_S1, pieces.longest, slots.columns + 1
     # The window (-1, 0): causal, aligned at the last token.
     return varlen_attn(*rows, scale=scaling, window_size=(-1, 0), enable_gqa=True, seqused_k=pieces.length_S)
 
@@ -732,7 +732,7 @@ class Batch(Sequences):
 
     def part(self, dialogues: list[int]) -> "tuple[Batch, torch.Tensor]":
         """(the batch of these dialogues alone, indices into N (n,))."""
-        index_n = torch.isin(self.dialogue_N, torch.tensor(dialogues)).nonzero().squeeze(1)
+        index_n = self.tokens_of(dialogues)
         columns = [getattr(self, field.name)[index_n] for field in fields(self) if field.name.endswith("_N")]
         return Batch(self.sequences, *columns), index_n
 

@@ -1097,8 +1097,9 @@ class PromptedSimulator:
     """The paper's user: an LLM that appraises each reply and then answers it, two calls a turn.
 
     `llm.start(steps)` runs a generator of questions (system, text, section names) to its end and returns a Future: ServerLLM
-    below on threads, LocalLLM (rollout.py) batched in this process. Of an answer that cannot be read
-    the last section alone is asked for once more, with the error named; after that, or when the LLM cannot be had, the Future raises UserBroken.
+    below on threads, LocalLLM (rollout.py) batched in this process. Of an answer that cannot be read the
+    last section alone is asked for once more, with the error named; after that, or when the LLM cannot be had, the Future
+    raises UserBroken.
     """
 
     def __init__(self, llm, difficulty: str = "vanilla", adversarial: bool = False, cache: str | Path | None = None):

@@ -564,7 +564,7 @@ def train(args) -> None:
         batch = make_batch(all_dialogues, args.reward)
         # For the update the dialogues are dealt anew: as many tokens for every rank.
         sampled = batch.dialogue_N.bincount(minlength=args.batch).tolist()
-        part, index_n = batch.part(deal(sampled, ranks)[rank]) if ranks > 1 else (batch, slice(None))
+        part, index_n = batch.part(deal(sampled, ranks)[rank])
         clock.append(time.perf_counter())
 
         for optimizer, lr in zip(models.optimizers, (args.lr, args.critic_lr)):
