@@ -24,10 +24,13 @@ from pathlib import Path
 import torch
 
 import grpo
-from policy import SMOLLM2, Chat, Policy, compute_dtype, frozen_copy, load_config, load_model, micro_batches
-from rollout import Batch, Generator, instructions, make_batch
+from distributed import micro_batches
+from generator import Generator
+from offline_user import RulesSimulator
+from policy import SMOLLM2, Chat, Policy, compute_dtype, frozen_copy, load_config, load_model
+from rollout import Batch, instructions, make_batch
 from rollout import rollout as hold_dialogues
-from simulator import Appraisal, Protocol, Reaction, RulesSimulator, User, done, load_profiles
+from simulator import Appraisal, Protocol, Reaction, User, done, load_profiles
 
 ROOT = Path(__file__).parent
 

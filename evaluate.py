@@ -24,14 +24,25 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from llm import LocalLLM, ServerLLM
 from policy import Chat, compute_dtype, load_model
 from probes import ORDINARY_TEXT, guard, judge, mean_and_error, require_lm_eval, strategies, task_scores, track
 from report import measures, write_report
-from rollout import LocalLLM, instructions, rollout
-from simulator import SAGE, ServerLLM, add_simulator_flags, load_profiles, make_simulator, replay, write_whole
+from rollout import instructions, rollout
+from simulator import SAGE, load_profiles, replay, write_whole
+from users import add_simulator_flags, make_simulator
 
 # The environment with its prompts, the policy's prompt, its sampling.
-CODE = ("simulator.py", "rollout.py", "policy.py", "evaluate.py", "probes.py")
+CODE = (
+    "simulator.py",
+    "offline_user.py",
+    "llm.py",
+    "generator.py",
+    "rollout.py",
+    "policy.py",
+    "evaluate.py",
+    "probes.py",
+)
 # --beyond: name -> the flags that make this user
 USERS = {
     "vanilla": {"difficulty": "vanilla", "user": "plain"},

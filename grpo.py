@@ -17,7 +17,8 @@ Deliberate deviations from the paper
 
 import torch
 
-from policy import clip_gradients, global_sum, micro_batches, token_diagnostics, world_size
+from distributed import clip_gradients, global_sum, micro_batches, world_size
+from policy import token_diagnostics
 
 # --- 1. Advantages ----------------------------------------------------------------------------------------------------
 

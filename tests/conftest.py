@@ -16,8 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from offline_user import RulesSimulator  # noqa: E402
 from policy import Chat  # noqa: E402
-from simulator import RulesSimulator, load_profiles  # noqa: E402
+from simulator import load_profiles  # noqa: E402
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

@@ -10,19 +10,17 @@ from conftest import tiny_model
 import grpo
 import ppo
 import train
+from distributed import deal, micro_batches
 from policy import (
     Critic,
     Policy,
     checkpoint_activations,
-    common_prefix,
-    deal,
     frozen_copy,
-    micro_batches,
-    pack,
     sampled_hidden,
     token_log_probs,
     train_upper_layers,
 )
+from prefix_tree import common_prefix, pack
 from rollout import Batch
 
 ARGS = SimpleNamespace(

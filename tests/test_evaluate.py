@@ -16,9 +16,10 @@ from stub import Stub
 import evaluate
 import probes
 import train
+from offline_user import RULES, SERVES, RulesSimulator
 from policy import Chat
 from report import write_report
-from simulator import RULES, SERVES, RulesSimulator, load_profiles
+from simulator import load_profiles
 
 CHROMIUM = shutil.which("chromium")
 SCRIPT = "<script>document.title = 'hacked'</script><img src=x onerror=\"document.title='hacked'\">"

@@ -11,8 +11,11 @@ from stub import Stub
 import evaluate
 import simulator as sim
 import train
-from rollout import LocalLLM, make_batch, rollout
-from simulator import ADVERSARIAL, Malformed, PromptedSimulator, Protocol, RulesSimulator, ServerLLM, UserBroken
+import users
+from llm import LocalLLM, ServerLLM
+from offline_user import RulesSimulator
+from rollout import make_batch, rollout
+from simulator import ADVERSARIAL, Malformed, PromptedSimulator, Protocol, UserBroken
 
 SHARED = ROOT.parent / "shared" / "reference"
 
@@ -384,11 +387,11 @@ def test_verify_names_the_dialogue_that_does_not_add_up(model, chat, simulator, 
 def test_sit_in_the_chair(monkeypatch, capsys):
     replies = iter(["That must be so hard.", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(replies))
-    assert sim.main([]) == 0
+    assert users.main([]) == 0
     out = capsys.readouterr().out
     assert "vague" in out and "they wanted:" in out
-    assert sim.main(["--number", "999"]) == 2
-    assert sim.main(["--simulator", "nonsense"]) == 2
+    assert users.main(["--number", "999"]) == 2
+    assert users.main(["--simulator", "nonsense"]) == 2
 
 
 # --- what a review found ----------------------------------------------------------------------------------------------
@@ -440,7 +443,7 @@ def test_a_server_that_trickles_meets_the_deadline(profiles):
 
 
 def test_keys_stay_where_they_belong(monkeypatch, capsys):
-    assert sim.main(["--simulator", "http://me:secret@host/v1", "--simulator-model", "m"]) == 2
+    assert users.main(["--simulator", "http://me:secret@host/v1", "--simulator-model", "m"]) == 2
     assert "secret" not in capsys.readouterr().err
     monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
     with Stub() as stub:

@@ -10,9 +10,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import GenerationConfig
 from transformers.generation import configuration_utils
 
+from generator import Generator, Slots, draw, flash, varlen
+from offline_user import RulesSimulator
 from policy import Chat
-from rollout import Generator, Slots, draw, flash, make_batch, rollout, split_thinking, varlen
-from simulator import Protocol, RulesSimulator
+from rollout import make_batch, rollout, split_thinking
+from simulator import Protocol
 
 
 def hold(model, chat, profiles, *, seeds=None, turns=3, **settings):
@@ -178,9 +180,9 @@ def test_flash_attention_is_called_as_documented(backend, think, model, chat, pr
     scripted = lambda: ScriptedThinking(chat) if think else chat
     people = [profiles[0], profiles[0], profiles[1]]
     expected = hold(model, scripted(), people, think=think, turns=2)
-    monkeypatch.setattr("rollout.flash_attn_with_kvcache", kernel)
-    monkeypatch.setattr("rollout.varlen_attn", ragged_kernel)
-    monkeypatch.setattr("rollout.backend_for", lambda device, dtype: backend)
+    monkeypatch.setattr("generator.flash_attn_with_kvcache", kernel)
+    monkeypatch.setattr("generator.varlen_attn", ragged_kernel)
+    monkeypatch.setattr("generator.backend_for", lambda device, dtype: backend)
     found = hold(model, scripted(), people, think=think, turns=2)
     assert [[t.sampled_ids for t in d.turns] for d in found] == [[t.sampled_ids for t in d.turns] for d in expected]
 
@@ -197,11 +199,11 @@ def recorded(function):
 def test_replayed_passes_draw_the_same_tokens(kind, temperature, chat, profiles, monkeypatch):
     """A pass of one token of each slot is recorded once. Ragged replies, few slots that grow, and some that wait for a user."""
     model = biased_to_stop(tiny_model(kind), chat, 3.0)
-    monkeypatch.setattr("rollout.MESSAGE_TOKENS", 8)
+    monkeypatch.setattr("generator.MESSAGE_TOKENS", 8)
     settings = dict(turns=2, slots=3, temperature=temperature)
     expected = hold(model, chat, profiles[:5], **settings)
     captured, init, step = [], Generator.__init__, Generator._one_each
-    monkeypatch.setattr("rollout.capture", lambda function: captured.append(function) or recorded(function))
+    monkeypatch.setattr("generator.capture", lambda function: captured.append(function) or recorded(function))
     monkeypatch.setattr(
         Generator, "__init__", lambda self, *a, **k: init(self, *a, **k) or setattr(self, "graphs", True)
     )

@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from offline_user import RULES, RulesSimulator, appraise
 from simulator import (
     CHARACTERS,
     INTENTIONS,
-    RULES,
     SAGE,
     ProfileError,
-    RulesSimulator,
-    appraise,
     emotion_state,
     load_profiles,
     next_emotion,
@@ -96,7 +94,6 @@ def test_profiles_cover_intentions_and_characters_evenly_and_share_no_persona():
         ("task", "to win", "task"),
         ("facts", [], "facts"),
         ("first_talk", "", "first_talk"),
-        ("feelings", ["odd"], "odd"),
     ],
 )
 def test_a_bad_line_names_file_line_and_field(tmp_path, field, value, named):

@@ -1,0 +1,193 @@
+"""Who plays a prompted user (simulator.py, section 4): a server, or a model in this process.
+
+llm.start(steps)    runs a generator of questions (system, text, section names) to its end; returns a Future
+llm.work()          does what is queued in this process
+"""
+
+import json
+import os
+import random
+import re
+import threading
+import time
+from concurrent.futures import Future
+from urllib.parse import urlsplit
+
+import torch
+
+from generator import Generator
+from policy import Chat
+from prefix_tree import common_prefix
+from simulator import FORMAT_EXAMPLES, UserBroken, without_surrogates
+
+
+class ServerLLM:
+    """An OpenAI-compatible server. Every call is bounded in time, size and attempts; different dialogues run concurrently.
+
+    The key comes from RLVER_API_KEY, or for OpenAI itself OPENAI_API_KEY, and goes nowhere but into the request's header.
+    """
+
+    RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+
+    def __init__(self, url, model, concurrency=32, timeout=60.0, attempts=5, longest_wait=60.0, temperature=0.0):
+        self.url, self.model, self.temperature = url.rstrip("/"), model, temperature
+        self.timeout, self.attempts, self.longest_wait = timeout, attempts, longest_wait
+        self.name = f"{self.url} {model} {temperature}"
+        self.takes_schema = True  # until the server says otherwise
+        self.slots = threading.Semaphore(concurrency)
+
+    def start(self, steps) -> Future:
+        future = Future()
+
+        def run():
+            answer = None
+            with self.slots:
+                try:
+                    while True:
+                        answer = self.answer(*steps.send(answer))
+                except StopIteration as end:
+                    future.set_result(end.value)
+                except BaseException as error:
+                    future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()  # a daemon: the end of the program waits for no server
+        return future
+
+    def work(self) -> None:
+        pass  # the threads do
+
+    def answer(self, system: str, text: str, sections: tuple[str, ...], integers: tuple[str, ...] = ()) -> str:
+        """Ask until an answer comes; raise UserBroken after `attempts` failures or at once where asking again is useless.
+        `integers` are the sections that are whole numbers, beside an appraisal's Change."""
+        example = zip(("user", "assistant"), FORMAT_EXAMPLES.get(sections, ()))
+        turns = [("system", system), *example, ("user", text)]
+        for attempt in range(self.attempts):
+            body = {"model": self.model, "temperature": self.temperature, "max_tokens": 512}
+            body["messages"] = [{"role": role, "content": content} for role, content in turns]
+            with_schema = self.takes_schema
+            if with_schema:
+                whole = lambda name: name in integers or sections[-1] == name == "Change"
+                kinds = {name: {"type": "integer" if whole(name) else "string"} for name in sections}
+                schema = {"type": "object", "properties": kinds, "required": list(sections)}
+                schema = {"name": "user", "schema": schema | {"additionalProperties": False}, "strict": True}
+                body["response_format"] = {"type": "json_schema", "json_schema": schema}
+            reason, wait = "", 0.5 * 2**attempt * (1 + random.random())  # exponential back-off with jitter
+            try:
+                status, headers, content = self._post(body)
+                if status == 200:
+                    return without_surrogates(json.loads(content)["choices"][0]["message"]["content"] or "")
+                reason = f"HTTP {status}"
+                if status in (400, 422) and with_schema:
+                    self.takes_schema = False  # perhaps it was the schema: once more without
+                    continue
+                if status not in self.RETRIED:
+                    break
+                if re.fullmatch(r"\d+(\.\d+)?", headers.get("Retry-After", "")):
+                    wait = float(headers["Retry-After"])
+            except OSError as error:  # requests' errors are OSErrors: refused, reset, timed out, no such address
+                reason = type(error).__name__
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                reason = "an answer that is no chat completion"
+            if attempt + 1 < self.attempts:
+                time.sleep(min(wait, self.longest_wait))
+        raise UserBroken(f"{self.url}: {reason} (after {attempt + 1} attempts)")
+
+    def _post(self, body: dict, most_bytes: int = 2**18):
+        import requests
+
+        openai = f".{urlsplit(self.url).hostname}".endswith(".openai.com")
+        key = os.environ.get("RLVER_API_KEY") or (openai and os.environ.get("OPENAI_API_KEY"))
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        deadline = time.monotonic() + self.timeout
+        settings = dict(json=body, headers=headers, timeout=self.timeout, stream=True)
+        with requests.post(f"{self.url}/chat/completions", **settings) as response:
+            content = b""
+            while piece := response.raw.read1(2**16, decode_content=True):  # what has come: a trickle ends in time too
+                content += piece
+                if len(content) > most_bytes:
+                    raise ValueError("too long")
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+            return response.status_code, response.headers, content
+
+
+class LocalLLM:
+    """Answers a PromptedSimulator's questions with a model in this process, all waiting dialogues in one batch, greedily.
+
+    The sections' headings are written for the model, a section ends at the end of its line, and only a change from -10 to 10
+    can be spelled, so that even a small model's answer can be read.
+    """
+
+    def __init__(self, model, tokenizer, dtype=torch.float32, eager: bool = False, max_section_tokens: int = 48):
+        self.model, self.tokenizer, self.dtype, self.eager = model, tokenizer, dtype, eager
+        self.max_section_tokens = max_section_tokens
+        self.name = f"self {model.config.name_or_path}"
+        self.waiting = []  # (steps, Future) of turns that wait for `work`
+        self.chats = {}  # system prompt -> Chat
+        vocabulary = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+        self.line_ends = [i for i, text in enumerate(vocabulary) if "\n" in text]
+        self.changes = [tokenizer(f" {n}\n", add_special_tokens=False)["input_ids"] for n in range(-10, 11)]
+
+    def start(self, steps) -> Future:
+        self.waiting.append((steps, Future()))
+        return self.waiting[-1][1]
+
+    def work(self) -> None:
+        """Take every waiting turn to its end."""
+        turns = [(steps, future, None) for steps, future in self.waiting]
+        self.waiting = []
+        while turns:
+            asking = []
+            for steps, future, answer in turns:
+                try:
+                    asking.append((steps, future, steps.send(answer)))
+                except StopIteration as end:
+                    future.set_result(end.value)
+                except Exception as error:
+                    future.set_exception(error)
+            turns = []
+            for sections in dict.fromkeys(question[2] for _, _, question in asking):
+                same = [turn for turn in asking if turn[2][2] == sections]
+                answers = self._fill([(system, text) for _, _, (system, text, _) in same], sections)
+                turns += [(steps, future, answer) for (steps, future, _), answer in zip(same, answers)]
+
+    def _fill(self, questions: list[tuple[str, str]], sections: tuple[str, ...]) -> list[str]:
+        prompts = []
+        for system, text in questions:
+            if system not in self.chats:
+                self.chats[system] = Chat(self.tokenizer, system)
+            prompts.append(self.chats[system].opening(text))
+        stop_ids = {*self.line_ends, *self.chats[questions[0][0]].stop_ids}
+        trunk = min(common_prefix(prompts), min(map(len, prompts)) - 1)
+        settings = dict(slots=len(prompts), trunk_ids=prompts[0][:trunk], eager=self.eager)
+        generator = Generator(self.model, self.dtype, **settings)
+        pieces = [prompt[trunk:] for prompt in prompts]
+        answers = [""] * len(prompts)
+        for name in sections:
+            heading = self.chats[questions[0][0]].text_ids(f"{name}:")
+            pieces = [piece + heading for piece in pieces]
+            choices = self.changes if name == sections[-1] == "Change" else ()
+            written = self._write(generator, pieces, stop_ids, choices)
+            for row, ids in enumerate(written):
+                text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+                answers[row] += f"{name}: {text}\n"
+            # The last token is not in the cache yet. A section that was cut, or ended by a stop token, still ends its line.
+            pieces = [ids[-1:] + ([] if ids[-1] in self.line_ends else self.line_ends[:1]) for ids in written]
+        return answers
+
+    def _write(self, generator, pieces, stop_ids, choices=()) -> list[list[int]]:
+        """Greedy decoding of every row up to a stop id or `max_section_tokens`; with `choices`, until it spells one of them."""
+        written = [[] for _ in pieces]
+        rows = list(range(len(pieces)))
+        while rows:
+            logits_B_V = generator.feed(rows, pieces)
+            for row, token, logits_V in zip(rows, logits_B_V.argmax(-1).tolist(), logits_B_V):
+                ids = written[row]
+                if choices:
+                    allowed = sorted({c[len(ids)] for c in choices if c[: len(ids)] == ids})
+                    token = allowed[int(logits_V[allowed].argmax())]
+                ids.append(token)
+            ended = lambda ids: ids[-1] in stop_ids or len(ids) == self.max_section_tokens
+            rows = [row for row in rows if not (written[row] in choices if choices else ended(written[row]))]
+            pieces = [written[row][-1:] for row in rows]
+        return written

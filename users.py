@@ -1,0 +1,82 @@
+"""Which simulated user the flags name, and a chair to sit in: `python users.py` lets you answer one yourself."""
+
+import argparse
+import contextlib
+import re
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from llm import ServerLLM
+from offline_user import RULES, RulesSimulator
+from simulator import DIFFICULTY, SAGE, PromptedSimulator, UserBroken, load_profiles
+
+
+def add_simulator_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that train.py, evaluate.py and this file share."""
+    add = parser.add_argument
+    add("--simulator", default="rules", help="who plays the user: rules, self (the initial policy), or a server's URL")
+    add("--simulator-model", help="the model's name on that server")
+    add("--simulator-concurrency", type=int, default=32, help="calls to the server at once")
+    add("--simulator-cache", help="folder that keeps the LLM's answers, so that none is asked for twice")
+    add("--difficulty", choices=tuple(DIFFICULTY), default="vanilla")
+
+
+def make_simulator(args, local_llm=None, adversarial: bool = False):
+    """The simulator that the flags name. `local_llm` plays the user with `--simulator self`. Raises ValueError."""
+    if args.simulator == "rules":
+        return RulesSimulator(args.difficulty, adversarial)
+    if args.simulator == "self":
+        llm = local_llm
+    elif not re.match(r"https?://", args.simulator):
+        raise ValueError(f"--simulator {args.simulator}: must be rules, self or a URL such as http://localhost:8000/v1")
+    elif "@" in urlsplit(args.simulator).netloc:
+        raise ValueError("--simulator: put the key into RLVER_API_KEY, not into the URL")
+    elif not args.simulator_model:
+        raise ValueError(f"--simulator {args.simulator}: --simulator-model must name the model on that server")
+    elif args.simulator_concurrency < 1:
+        raise ValueError("--simulator-concurrency must be at least 1")
+    else:
+        llm = ServerLLM(args.simulator, args.simulator_model, args.simulator_concurrency)
+    return PromptedSimulator(llm, args.difficulty, adversarial, args.simulator_cache)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description="Answer a simulated user yourself. An empty line ends the talk.")
+    parser.add_argument("--profiles", default=str(Path(__file__).parent / "data" / "test_profiles.jsonl"))
+    parser.add_argument("--number", type=int, default=1, help="which profile of the file, from 1")
+    parser.add_argument("--user", choices=("plain", "adversarial"), default="plain")
+    add_simulator_flags(parser)
+    args = parser.parse_args(argv)
+    try:
+        profiles = load_profiles(args.profiles, offline=args.simulator == "rules")
+        if not 1 <= args.number <= len(profiles):
+            raise ValueError(f"--number {args.number}: {args.profiles} holds {len(profiles)} profiles")
+        if args.simulator == "self":
+            raise ValueError("--simulator self: here you are the policy; choose rules or a URL")
+        simulator = make_simulator(args, adversarial=args.user == "adversarial")
+        user = simulator.open(profiles[args.number - 1], SAGE.start).result()
+        print(f"[{user.emotion:3d}] {user.messages[-1]}")
+        for _ in range(SAGE.turns):
+            reply = ""
+            with contextlib.suppress(EOFError):
+                reply = input("  you: ").strip()
+            if not reply:
+                break
+            reaction = simulator.submit(user, reply).result()
+            for name, points, words in reaction.appraisal.fired:
+                print(f"        {points:+3d}  {name}: {RULES[name].reason}  {words!r}")
+            for name, text in reaction.appraisal.sections.items():
+                print(f"        {name}: {text}")
+            print(f"[{user.emotion:3d}] {reaction.message}")
+            if reaction.goodbye:
+                break
+        print(f"final emotion {user.emotion}; they wanted: {user.profile.task}")
+    except (ValueError, OSError, UserBroken) as error:
+        print(f"users.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
