@@ -126,7 +126,6 @@ def hold(way: str, dialogues: int, turns: int, slowest: float = 0.0) -> dict:
     else:
         held = hold_dialogues(
             model, chat, talkers, profiles, list(range(dialogues)), Protocol(40, turns), max_new_tokens=32, temperature=0.7,
-            dtype=dtype,
         )  # fmt: skip
         lengths = [len(turn.sampled_ids) for dialogue in held for turn in dialogue.turns]
     seconds = time.perf_counter() - start
@@ -189,7 +188,7 @@ def decode(prompt: int = 256, tokens: int = 64) -> None:
 
     def measure(rows):
         ids_B_T = torch.randint(100, 40_000, (rows, prompt), device=device)
-        generator = Generator(model, dtype, slots=rows, columns=prompt + tokens, temperature=1.0)
+        generator = Generator(model, slots=rows, columns=prompt + tokens, temperature=1.0)
         slots, uniforms = list(range(rows)), [0.5] * rows
         drawn = generator.sample(slots, ids_B_T.tolist(), uniforms)
 

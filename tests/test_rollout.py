@@ -109,16 +109,17 @@ def test_a_group_computes_its_opening_once_and_samples_as_if_alone(model, chat, 
     monkeypatch.setattr(Generator, "feed", lambda self, slots, pieces: fed.append(pieces) or feed(self, slots, pieces))
     together = hold(model, chat, [profiles[0]] * 4 + [profiles[1]], turns=1)
     opening = len(together[0].turns[0].prompt_ids) - len(chat.head)
-    assert [len(piece) for piece in fed[0]] == [opening - 1] and [len(piece) for piece in fed[1][:4]] == [1] * 4
+    assert fed[0] == [chat.head], "what all prompts begin with, once"
+    assert [len(piece) for piece in fed[1]] == [opening - 1] and [len(piece) for piece in fed[2][:4]] == [1] * 4
     for i in range(4):
         alone = hold(model, chat, [profiles[0]], seeds=[i], turns=1)[0]
         assert alone.turns[0].sampled_ids == together[i].turns[0].sampled_ids
 
 
 def test_attention_to_slots_equals_attention_written_out(model):
-    """The oracle: every new token by itself, over the trunk and the tokens of its own slot up to itself."""
+    """The oracle: every new token by itself, over the tokens of its own slot up to itself."""
     torch.manual_seed(0)
-    slots = Slots(model, slots=4, columns=2, dtype=torch.float32, trunk_ids=[5, 6, 7])
+    slots = Slots(model, slots=4, columns=2)
     held = {slot: [] for slot in range(4)}
     for members, counts in (([0, 2, 3], [3, 1, 2]), ([3, 0], [1, 1]), ([0, 1, 2, 3], [1, 4, 2, 1])):
         positions = slots.expect(members, counts)
@@ -129,27 +130,24 @@ def test_attention_to_slots_equals_attention_written_out(model):
         for slot, count in zip(members, counts):
             for _ in range(count):
                 held[slot].append((keys[0, :, n], values[0, :, n]))
-                assert positions[n] == 3 + len(held[slot]) - 1
-                all_keys, all_values = (
-                    torch.cat([slots.trunk[1][which], torch.stack([pair[which] for pair in held[slot]], 1)], 1)
-                    for which in (0, 1)
-                )
+                assert positions[n] == len(held[slot]) - 1
+                all_keys, all_values = (torch.stack([pair[which] for pair in held[slot]], 1) for which in (0, 1))
                 for head in range(4):
                     weights = torch.softmax(all_keys[head // 2] @ query[0, head, n] * 0.3, 0)
                     assert torch.allclose(out[n, head], weights @ all_values[head // 2], atol=1e-5)
                 n += 1
 
 
-def kernel(query, keys, values, cache_seqlens, cache_batch_idx, softmax_scale, causal):
+def kernel(query, keys, values, cache_seqlens, softmax_scale, causal):
     """What flash-attn documents of flash_attn_with_kvcache, one query at a time: the mask is aligned at the last token."""
     out = torch.zeros_like(query)
-    for b, (length, slot) in enumerate(zip(cache_seqlens.tolist(), cache_batch_idx.tolist())):
+    for b, length in enumerate(cache_seqlens.tolist()):
         for w in range(query.shape[1]):
             seen = length - query.shape[1] + w + 1
             for head in range(query.shape[2]) if seen > 0 else ():
                 group = head * keys.shape[2] // query.shape[2]
-                weights = torch.softmax(keys[slot, :seen, group] @ query[b, w, head] * softmax_scale, 0)
-                out[b, w, head] = weights @ values[slot, :seen, group]
+                weights = torch.softmax(keys[b, :seen, group] @ query[b, w, head] * softmax_scale, 0)
+                out[b, w, head] = weights @ values[b, :seen, group]
     return out
 
 
@@ -157,7 +155,12 @@ def ragged_kernel(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k
 ):  # fmt: skip
     """What PyTorch documents of varlen_attn, one query at a time; what belongs to no sequence is not written."""
-    assert window_size == (-1, 0) and enable_gqa and cu_seq_q.dtype == cu_seq_k.dtype == seqused_k.dtype == torch.int32
+    one_each = len(query) == len(seqused_k) and max_q == 1  # then, and only then, nothing needs a mask
+    assert (
+        window_size == ((-1, -1) if one_each else (-1, 0))
+        and enable_gqa
+        and cu_seq_q.dtype == cu_seq_k.dtype == seqused_k.dtype == torch.int32
+    )
     assert len(cu_seq_q) == len(cu_seq_k) == len(seqused_k) + 1 and (cu_seq_q.diff() <= max_q).all()
     assert (seqused_k <= cu_seq_k.diff()).all() and (cu_seq_k.diff() <= max_k).all() and cu_seq_k[-1] == len(key)
     out = torch.full_like(query, float("nan"))

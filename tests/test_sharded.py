@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, byte_tokenizer, metrics_of, tiny_model
 from stub import Stub
-from transformers import Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 import train
 
@@ -46,8 +46,15 @@ def parameters_of(out):
     return torch.load(out / "trainer.pt", weights_only=True)["modules"]
 
 
+# What a dtype can hold: of metrics absolutely, of the parameters' movement as a share. In bfloat16 a gradient that is all but
+# 0 may round to either sign, and Adam's first steps go by the sign alone; a sharded layer keeps its residual in bfloat16 too.
+HOLDS = {"float32": (1e-4, 0.01), "bfloat16": (0.25, 0.6)}
+
+
+@pytest.mark.parametrize("dtype", HOLDS)
 @pytest.mark.parametrize("flags", [("--algo", "grpo", "--group", "2"), ("--algo", "ppo")], ids=["grpo", "ppo"])
-def test_two_ranks_equal_one_process(flags, ragged_folder, tmp_path):
+def test_two_ranks_equal_one_process(flags, dtype, ragged_folder, tmp_path):
+    flags = (*flags, "--dtype", dtype)
     with Stub() as stub:  # a user whose changes differ, so that advantages do
         flags = (*flags, "--steps", "3", "--lr", "1e-5", "--critic-lr", "1e-5", "--simulator", stub.url)
         flags = (*flags, "--simulator-model", "stub", "--simulator-cache", tmp_path / "cache")
@@ -55,18 +62,21 @@ def test_two_ranks_equal_one_process(flags, ragged_folder, tmp_path):
         run(ragged_folder, tmp_path / "two", *flags, ranks=2)
     one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
     assert one[0]["reply_tokens"] == two[0]["reply_tokens"] != int(one[0]["reply_tokens"]), "uneven replies"
-    for a, b in zip(one, two):
-        assert a == pytest.approx(b, abs=1e-4)
+    same_draws = (
+        len(one) if dtype == "float32" else 1
+    )  # then weights that differ in the last digit may draw another token
+    for a, b in zip(one[:same_draws], two):
+        assert a == pytest.approx(b, abs=HOLDS[dtype][0], rel=HOLDS[dtype][0])
     assert one[0]["grad_norm"] > 0.01 and one[0].get("zero_variance_groups", 0) < 4
-    moved = 0.0
-    start = tiny_model().state_dict()
+    start = AutoModelForCausalLM.from_pretrained(ragged_folder).state_dict()
+    moved = apart = 0.0
     for module_a, module_b in zip(parameters_of(tmp_path / "one"), parameters_of(tmp_path / "two")):
         assert module_a.keys() == module_b.keys()
         for name, value in module_a.items():
-            assert torch.allclose(value, module_b[name], atol=1e-5), name
-            if "layers" in name and name.removeprefix("model.") in start:
-                moved = max(moved, (value - start[name.removeprefix("model.")]).abs().max().item())
-    assert moved > 1e-5, "three steps must have changed something"
+            before = start.get(name.removeprefix("model."), start.get(name.replace("base_model.", "model."), 0.0))
+            moved += (value - before).abs().sum().item()
+            apart += (value - module_b[name]).abs().sum().item()
+    assert moved > 0.01 and apart < HOLDS[dtype][1] * moved
     # Resuming on another number of ranks, with another user.
     flags = (*flags, "--simulator", "rules")
     run(ragged_folder, tmp_path / "two", *flags, "--steps", "4", "--resume")
