@@ -13,8 +13,6 @@ import time
 from concurrent.futures import Future
 from urllib.parse import urlsplit
 
-import torch
-
 from generator import Generator
 from policy import Chat
 from prefix_tree import common_prefix
