@@ -26,8 +26,7 @@ import torch
 import grpo
 from distributed import micro_batches
 from generator import Generator
-from offline_user import RulesSimulator
-from policy import SMOLLM2, Chat, Policy, compute_dtype, frozen_copy, load_config, load_model
+from policy import DTYPES, SMOLLM2, Chat, Policy, frozen_copy, load_config, load_model
 from rollout import Batch, instructions, make_batch
 from rollout import rollout as hold_dialogues
 from simulator import Appraisal, Protocol, Reaction, User, done, load_profiles
@@ -48,12 +47,13 @@ def store(name: str, figures: dict) -> None:
     print(f"written: {path.relative_to(ROOT)}")
 
 
-def simulator(dialogues: int = 32, delay: float = 0.2) -> None:
+def simulator(dtypes: list[str], dialogues: int = 32, delay: float = 0.2) -> None:
     """Seconds for one turn of all users: appraise and respond, two calls each."""
     sys.path.insert(0, str(ROOT / "tests"))
     from stub import Stub
 
-    from simulator import SAGE, PromptedSimulator, ServerLLM
+    from llm import ServerLLM
+    from simulator import SAGE, PromptedSimulator
 
     profiles = people(dialogues)
     seconds = {}
@@ -70,7 +70,7 @@ def simulator(dialogues: int = 32, delay: float = 0.2) -> None:
     store("simulator", figures)
 
 
-class Talkers(RulesSimulator):
+class Talkers:
     """Users who tell a fact a turn and never leave. Each answer takes up to `slowest` seconds, by profile and turn."""
 
     def __init__(self, slowest: float = 0.0):
@@ -90,6 +90,9 @@ class Talkers(RulesSimulator):
         else:
             future.set_result(reaction)
         return future
+
+    def work(self):
+        pass
 
 
 def generate_anew(model, chat, talkers, people, turns, max_new_tokens, temperature) -> list[int]:
@@ -112,13 +115,12 @@ def generate_anew(model, chat, talkers, people, turns, max_new_tokens, temperatu
     return lengths
 
 
-def hold(way: str, dialogues: int, turns: int, slowest: float = 0.0) -> dict:
+def hold(dtype: str, way: str, dialogues: int, turns: int, slowest: float = 0.0) -> dict:
     """Hold SmolLM2's dialogues with the laptop's prompt and temperature. Useful tokens: those up to the stop token."""
     torch.manual_seed(0)
     profiles = people(dialogues)
-    dtype = compute_dtype("cpu")
-    model, tokenizer = load_model(SMOLLM2, "cpu", dtype)
-    chat, talkers = Chat(tokenizer, *instructions(False, 8)), Talkers(slowest)
+    model, tokenizer = load_model(SMOLLM2, "cpu", DTYPES[dtype])
+    chat, talkers = Chat(tokenizer, instructions(False)), Talkers(slowest)
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     start = time.perf_counter()
     if way == "generate":
@@ -138,38 +140,36 @@ def hold(way: str, dialogues: int, turns: int, slowest: float = 0.0) -> dict:
     }
 
 
-def rollout(dialogues: int = 24) -> None:
+def rollout(dtypes: list[str], dialogues: int = 24) -> None:
     """Useful tokens per second, peak memory beside the model, and how far waiting users are hidden behind generation."""
     figures = {"dialogues": dialogues}
 
-    def measure(name, *args):
+    def measure(dtype, name, *args):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:  # a peak of its own
-            found = process.submit(hold, *args).result()
-        figures.update({f"{name}_{key}": value for key, value in found.items()})
+            found = process.submit(hold, dtype, *args).result()
+        figures.update({f"{dtype}_{name}_{key}": value for key, value in found.items()})
         return found
 
-    for turns in (4, 8):
-        ours = measure(f"{turns}_turns_ours", "ours", dialogues, turns)
-        theirs = measure(f"{turns}_turns_generate", "generate", dialogues, turns)
-        figures[f"{turns}_turns_ratio"] = ours["tokens_per_second"] / theirs["tokens_per_second"]
-    slow = measure("slow_users", "ours", dialogues, 8, 1.0)
-    figures["slow_users_ratio"] = slow["seconds"] / max(figures["8_turns_ours_seconds"], slow["longest_wait"])
+    for dtype in dtypes:
+        for turns in (4, 8):
+            ours = measure(dtype, f"{turns}_turns_ours", "ours", dialogues, turns)
+            theirs = measure(dtype, f"{turns}_turns_generate", "generate", dialogues, turns)
+            figures[f"{dtype}_{turns}_turns_ratio"] = ours["tokens_per_second"] / theirs["tokens_per_second"]
+        slow = measure(dtype, "slow_users", "ours", dialogues, 8, 1.0)
+        figures[f"{dtype}_slow_users_ratio"] = slow["seconds"] / max(ours["seconds"], slow["longest_wait"])
     store("rollout", figures)
 
 
-def decode(prompt: int = 256, tokens: int = 64) -> None:
+def decode(dtypes: list[str], prompt: int = 256, tokens: int = 64) -> None:
     """Seconds of a decoding step on random weights: Qwen2.5-7B's shape in bf16 on a GPU, SmolLM2's on a CPU. The limit is
     the time in which weights and KV cache can be read once; bandwidth is that of a copy."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    dtype = compute_dtype(device)
     shape = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28)
     shape |= dict(num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False)
     config = Qwen2Config(**shape) if device == "cuda" else load_config(SMOLLM2)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
     def seconds(work, times=1):
         wait()
@@ -182,11 +182,11 @@ def decode(prompt: int = 256, tokens: int = 64) -> None:
     source, target = torch.zeros(2, 2**28, dtype=torch.uint8, device=device)
     seconds(lambda: target.copy_(source))
     bandwidth = 2 * 2**28 / seconds(lambda: target.copy_(source), 10)
-    weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    figures = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "dtype": str(dtype)}
-    figures |= {"gigabytes_per_second": bandwidth / 1e9, "gigabytes_of_weights": weights / 1e9}
+    figures = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
+    figures["gigabytes_per_second"] = bandwidth / 1e9
 
-    def measure(rows):
+    def measure(model, dtype, rows):
+        weights = sum(p.numel() * p.itemsize for p in model.parameters())
         ids_B_T = torch.randint(100, 40_000, (rows, prompt), device=device)
         generator = Generator(model, slots=rows, columns=prompt + tokens, temperature=1.0)
         slots, uniforms = list(range(rows)), [0.5] * rows
@@ -205,14 +205,19 @@ def decode(prompt: int = 256, tokens: int = 64) -> None:
         limit = (weights + 2 * cache.numel() * cache.itemsize) / bandwidth
         found = {"seconds_ours": ours, "seconds_generate": theirs, "ratio": theirs / ours}
         found |= {"seconds_limit": limit, "share_of_bandwidth": limit / ours}
-        figures.update({f"{rows}_{name}": value for name, value in found.items()})
+        figures.update({f"{dtype}_{rows}_{name}": value for name, value in found.items()})
 
-    for rows in (4, 32, 128) if device == "cuda" else (4, 32):
-        measure(rows)
+    for dtype in dtypes:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).eval()
+        for rows in (4, 32, 128) if device == "cuda" else (4, 32):
+            measure(model, dtype, rows)
     store("decode", figures)
 
 
-def update(dialogues: int = 4, turns: int = 8, message: int = 35, thinking: int = 60, reply: int = 20) -> None:
+def update(
+    dtypes: list[str], dialogues: int = 4, turns: int = 8, message: int = 35, thinking: int = 60, reply: int = 20
+) -> None:
     """Forward and backward of one GRPO micro-batch of SmolLM2 in float32, same tokens both ways; gradients compared."""
     torch.manual_seed(0)
     model, _ = load_model(SMOLLM2)
@@ -250,7 +255,7 @@ def update(dialogues: int = 4, turns: int = 8, message: int = 35, thinking: int 
     store("update", figures)
 
 
-def trl(profiles: int = 3, group: int = 8, new_tokens: int = 24, steps: int = 4) -> None:
+def trl(dtypes: list[str], profiles: int = 3, group: int = 8, new_tokens: int = 24, steps: int = 4) -> None:
     """Seconds of a GRPO step of SmolLM2: same prompts, group size, tokens per completion, KL and trained weights. Float32,
     one turn, because that is what TRL's trainer does; the first step of each is left out as warm-up."""
     from types import SimpleNamespace
@@ -262,21 +267,21 @@ def trl(profiles: int = 3, group: int = 8, new_tokens: int = 24, steps: int = 4)
     from policy import model_folder
 
     persons = people(profiles)
-    system, examples = instructions(False, 8)
     count = profiles * group
     settings = dict(lr=1e-6, temperature=0.7, kl=0.05)
 
     model, tokenizer = load_model(SMOLLM2)
-    chat = Chat(tokenizer, system, examples)
+    chat = Chat(tokenizer, instructions(False))
     chat.stop_ids = []  # every completion has all its tokens, there as here
     policy, reference = Policy(model, settings["temperature"]), Policy(frozen_copy(model), settings["temperature"])
     optimizer = torch.optim.AdamW(policy.parameters(), lr=settings["lr"])
     args = SimpleNamespace(epochs=1, micro_tokens=10**6, clip=0.2, kl=settings["kl"], entropy=0.0, max_grad_norm=1.0)
+    args.importance_cap = 0.0
     ours = []
     for _ in range(steps):
         start = time.perf_counter()
         dialogues = hold_dialogues(
-            model, chat, RulesSimulator(), [p for p in persons for _ in range(group)], list(range(count)),
+            model, chat, Talkers(), [p for p in persons for _ in range(group)], list(range(count)),
             Protocol(30, 1), max_new_tokens=new_tokens, temperature=settings["temperature"],
         )  # fmt: skip
         batch = make_batch(dialogues, "terminal")
@@ -295,9 +300,7 @@ def trl(profiles: int = 3, group: int = 8, new_tokens: int = 24, steps: int = 4)
         def on_step_end(self, *args, **kwargs):
             theirs.append(time.perf_counter() - clock[0])
 
-    turns = [{"role": "system", "content": system}]
-    for message, reply in examples:
-        turns += [{"role": "user", "content": message}, {"role": "assistant", "content": reply}]
+    turns = [{"role": "system", "content": instructions(False)}]
     prompts = [{"prompt": [*turns, {"role": "user", "content": person.first_talk}]} for person in persons]
     trainer = GRPOTrainer(
         model=str(model_folder(SMOLLM2)),
@@ -323,4 +326,6 @@ BENCHMARKS = {"simulator": simulator, "rollout": rollout, "decode": decode, "upd
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=BENCHMARKS)
-    BENCHMARKS[parser.parse_args().name]()
+    parser.add_argument("--dtype", choices=DTYPES, help="rollout and decode: one alone (default: both, side by side)")
+    flags = parser.parse_args()
+    BENCHMARKS[flags.name]([flags.dtype] if flags.dtype else list(DTYPES))

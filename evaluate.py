@@ -25,17 +25,30 @@ import transformers
 from tqdm import tqdm
 
 from llm import LocalLLM, ServerLLM
+from offline_user import ALONE, TABLE, change_of, points_for
 from policy import DTYPES, Chat, compute_dtype, load_model
-from probes import ORDINARY_TEXT, guard, judge, mean_and_error, require_lm_eval, strategies, task_scores, track
+from probes import (
+    ORDINARY_TEXT,
+    found_out,
+    guard,
+    judge,
+    mean_and_error,
+    require_lm_eval,
+    strategies,
+    task_scores,
+    track,
+)
+from reader import ACTS, Reader
 from report import measures, write_report
 from rollout import instructions, rollout
-from simulator import SAGE, load_profiles, replay, write_whole
+from simulator import INTENTIONS, SAGE, load_profiles, replay, write_whole
 from users import add_simulator_flags, make_simulator
 
 # The environment with its prompts, the policy's prompt, its sampling.
 CODE = (
     "simulator.py",
     "offline_user.py",
+    "reader.py",
     "llm.py",
     "generator.py",
     "rollout.py",
@@ -84,6 +97,7 @@ def summarize(transcripts: list[dict]) -> dict:
         "per_intention": by("task"),
         "per_character": by("character"),
         "strategies": strategies(transcripts),
+        "found_out": found_out(transcripts),
     }
 
 
@@ -122,7 +136,7 @@ def verdict(name: str, other: str, comparison: dict) -> str:
 def definition(args) -> dict:
     """What defines a score, beside the flags: the environment's code with its rules and prompts, profiles, versions."""
     files = {Path(name).stem: Path(__file__).with_name(name) for name in CODE}
-    files |= {"profiles": Path(args.profiles), "ordinary_text": ORDINARY_TEXT}
+    files |= {"profiles": Path(args.profiles), "ordinary_text": ORDINARY_TEXT, "weights": Path(args.reader)}
     hashes = {f"{name}_hash": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for name, file in files.items()}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -139,7 +153,7 @@ def read_transcripts(path: str) -> list[tuple[dict, list[str]]]:
     """(transcript, what in it does not add up) for each of a file: JSON lines, one list (before.json), or the
     first model's in a result of this program.
 
-    Per reply, the change must be the clamped sum of the fired rules' points (a prompted user logs its reasons instead). Per
+    Per reply, the change must follow from the acts and guards that were read (a prompted user logs its reasons instead). Per
     dialogue, the emotions must follow from the changes, and the final one, 0 after a broken format, is the reward x 100.
     Raises ValueError naming file and line.
     """
@@ -167,8 +181,8 @@ def problems_in(transcript: dict) -> list[str]:
     users = [message for message in transcript["history"] if message["role"] == "user"]
     for turn, message in enumerate(users[1:], 1):
         change, fired = message["planning"]["change"], message["planning"].get("fired")
-        if fired and change != min(10, max(-10, sum(points for _, points, _ in fired))):
-            problems.append(f"turn {turn}: the change {change:+d} is not the sum of the fired rules")
+        if fired and change != derived_change(transcript, fired, users[turn - 1]["emotion-point"]):
+            problems.append(f"turn {turn}: the change {change:+d} does not follow from the acts that were read")
         changes.append(change)
     emotions = replay(users[0]["emotion-point"], changes)
     for turn, (message, emotion) in enumerate(zip(users, emotions)):
@@ -177,6 +191,38 @@ def problems_in(transcript: dict) -> list[str]:
     final = emotions[-1] if transcript.get("format_ok", True) else 0
     if transcript["emo_point"] != final and not transcript.get("dropped"):
         problems.append(f"the final emotion {transcript['emo_point']} should be {final}")
+    return problems
+
+
+def derived_change(transcript: dict, fired: list, emotion: int) -> int:
+    """The offline user's change, from the shares of acts and the guards that a transcript holds."""
+    intention = next(key for key, task in INTENTIONS.items() if task == transcript["task"])
+    shares = [(name, share) for name, _, share in fired if name in TABLE]
+    return change_of(points_for(shares, intention, transcript["character"], transcript["difficulty"], emotion))
+
+
+def read_again(transcripts: list[dict], reader) -> list[str]:
+    """What the reader now reads otherwise: replies whose acts would move the emotion by more than a point less or more."""
+    problems = []
+    for transcript in transcripts:
+        messages, logged = [], []
+        for message, after in zip(transcript["history"], transcript["history"][1:]):
+            if message["role"] == "user":
+                messages.append(message)
+            elif "planning" in after:
+                logged.append(([m["content"] for m in messages], message["content"], after["planning"], messages[-1]))
+        readings = reader.read([(said, reply) for said, reply, _, _ in logged])
+        for turn, ((_, _, planning, before), reading) in enumerate(zip(logged, readings), 1):
+            fired = planning.get("fired", [])
+            if any(name in ALONE for name, _, _ in fired):
+                continue
+            found = [[name, 0, share] for name, _, share in fired if name not in ACTS]
+            again = [[act, 0, share] for act, share in reading.items()]
+            change = derived_change(transcript, found + again, before["emotion-point"])
+            if abs(change - planning["change"]) > 1:
+                problems.append(
+                    f"{transcript['id']}: turn {turn}: logged {planning['change']:+d}, read again {change:+d}"
+                )
     return problems
 
 
@@ -209,7 +255,7 @@ def print_probes(name: str, result: dict) -> None:
     for strategy, use in result["strategies"].items():
         print(f"  {strategy:18} {use['share']:5.1f}% of replies, change {use['mean_change']:+5.1f}  (n = {use['n']})")
     if not result["strategies"]:
-        print("  strategies: not read, the replies are not in English")
+        print("  acts: not read")
     for label, value in measures(result).items():
         print(f"  {label:42} {value}")
 
@@ -218,7 +264,9 @@ def print_dialogue(transcript: dict) -> None:
     print(f"\n--- {transcript['id']}: {transcript['character']}. {transcript['task']} -> {transcript['emo_point']}")
     for message in transcript["history"]:
         if message["role"] == "user":
-            fired = ", ".join(f"{name} {points:+d}" for name, points, _ in message.get("planning", {}).get("fired", []))
+            fired = ", ".join(
+                f"{name} {points:+.1f}" for name, points, _ in message.get("planning", {}).get("fired", [])
+            )
             print(f"  [{message['emotion-point']:3d}] user: {message['content']}" + (f"   ({fired})" if fired else ""))
         else:
             print(f"        model: {message['content']}")
@@ -238,7 +286,6 @@ def main(argv=None) -> int:
     add("--user", choices=("plain", "adversarial"), default="plain", help="how the user behaves")
     add_simulator_flags(parser)
     add("--think", action="store_true", help="think-then-say format")
-    add("--examples", type=int, default=8, help="example exchanges in the prompt, as in training (0 to 8)")
     add("--temperature", type=float, default=0.3, help="0 is greedy; the laptop preset trains at 0.7")
     add("--max-new-tokens", type=int, default=24, help="per reply, thinking included")
     add("--slots", type=int, help="dialogues held at once (default: all): bounds the KV cache's memory")
@@ -254,6 +301,7 @@ def main(argv=None) -> int:
     add("--transcripts", nargs="+", metavar="FILE", help="score these dialogues instead of a model")
     add("--rerun", metavar="FILE", help="repeat the evaluation that wrote this result")
     add("--verify", metavar="FILE", help="check that a run's transcripts add up; exit status 1 if not")
+    add("--read", action="store_true", help="with --verify: read every reply again with the reader")
     add("--out", default="result.json", help="where the result goes")
     args = parser.parse_args(argv)
     try:
@@ -273,8 +321,11 @@ def _run(args) -> int:
             if earlier["definition"].get(key) != value:
                 print(f"note: {key} was {earlier['definition'].get(key)} and is {value}: the scores may differ")
     if args.verify:
-        problems = [problem for _, found in read_transcripts(args.verify) for problem in found]
-        print("\n".join(problems) or f"{args.verify}: every emotion and reward adds up")
+        checked = read_transcripts(args.verify)
+        problems = [problem for _, found in checked for problem in found]
+        if args.read:
+            problems += read_again([transcript for transcript, _ in checked], Reader(args.reader))
+        print("\n".join(problems) or f"{args.verify}: every emotion adds up")
         return 1 if problems else 0
     check(args)
     models = {}
@@ -325,7 +376,7 @@ def _run(args) -> int:
 def check(args) -> None:
     """Raise ValueError, naming the flag, for what could only fail after the dialogues have been held."""
     if args.simulator == "self" and args.against:
-        raise ValueError("--simulator self: --against would be scored by another user; use rules or a URL")
+        raise ValueError("--simulator self: --against would be scored by another user; use offline or a URL")
     if args.max_new_tokens < 1 or args.seeds < 1 or args.temperature < 0 or (args.slots or 1) < 1:
         raise ValueError("--max-new-tokens, --seeds and --slots must be at least 1 and --temperature at least 0")
     if args.transcripts and (args.beyond or args.tracking or args.tasks):
@@ -346,7 +397,7 @@ def probe(args, models: dict, dialogues: dict, results: dict) -> None:
             base = None
         results[name]["guard"] = guard(model, tokenizer, base)
         if args.tracking:
-            chat = Chat(tokenizer, *instructions(args.think, args.examples))
+            chat = Chat(tokenizer, instructions(args.think))
             held = [transcript for transcript in dialogues[name] if not transcript["dropped"]]
             results[name]["tracking"] = track(model, chat, held, compute_dtype(model.device.type, args.dtype))
         if args.tasks:
@@ -381,8 +432,8 @@ def beyond(args, models: dict, dialogues: dict, results: dict, held: dict) -> No
 
 def hold(args, model, tokenizer) -> list[dict]:
     """Transcripts of a model's dialogues with every profile and seed."""
-    profiles = load_profiles(args.profiles, offline=args.simulator == "rules")
-    chat = Chat(tokenizer, *instructions(args.think, args.examples))
+    profiles = load_profiles(args.profiles, offline=args.simulator == "offline")
+    chat = Chat(tokenizer, instructions(args.think))
     llm = LocalLLM(model, tokenizer, args.eager) if args.simulator == "self" else None
     users = make_simulator(args, llm, args.user == "adversarial")
     sampling = {name: getattr(args, name) for name in "think max_new_tokens temperature slots eager".split()}

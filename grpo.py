@@ -1,6 +1,6 @@
 """GRPO on multi-turn dialogue: no critic; a dialogue is compared with the other dialogues of its profile.
 
-Sections, the same as in ppo.py (read `diff ppo.py grpo.py`)
+Sections, the same as in ppo.py, to be read side by side
     1. Advantages    A_i = (R_i - mean(R_group)) / std(R_group)                       (DeepSeekMath, arXiv 2402.03300, eq. 3)
     2. Losses        clipped surrogate (PPO, arXiv 1707.06347, eq. 7), KL to the reference in the loss (eq. 4)
     3. update()      one batch of dialogues -> one or more optimizer steps -> metrics
@@ -25,7 +25,7 @@ from policy import token_diagnostics
 
 def group_advantages(batch, group_size: int, *, per_turn: bool, gamma: float = 1.0, std: bool = True):
     """(advantages (N,), number of groups without variance). Dialogues [k * group_size, (k + 1) * group_size) are group k.
-    A dialogue without tokens was dropped, and counts nowhere.
+    A dialogue without tokens was dropped: it is in no baseline, and a group without any is not counted.
 
     per_turn False: one return per dialogue, its sum of rewards; every token of the dialogue has the same advantage.
     per_turn True: one return per turn, sum_k gamma^k r_(t+k); the baseline is over the group's dialogues that reached turn t.
@@ -46,7 +46,7 @@ def group_advantages(batch, group_size: int, *, per_turn: bool, gamma: float = 1
             for d in reached:
                 centred = returns[d, at] - mean
                 advantages[d, turn] = (centred / spread if std else centred) if spread > 1e-6 else 0.0
-        flat_groups += not variance
+        flat_groups += bool(members) and not variance
     pairs = zip(batch.dialogue_N.tolist(), batch.turn_N.tolist())
     return torch.tensor([advantages[pair] for pair in pairs]), flat_groups
 
@@ -80,6 +80,7 @@ def importance(old_log_probs_n, sampler_log_probs_n, cap: float):
 
 def kl_loss(log_probs_n, ref_log_probs_n, ratio_n):
     """ratio * k3 with k3 = exp(ref - pi) - 1 - (ref - pi) >= 0: its mean is KL(pi || ref), its gradient the KL's.
+
     ref - pi is bounded: one token that the policy has all but given up would outweigh a thousand others."""
     log_ratio_n = (ref_log_probs_n - log_probs_n).clamp(max=3.0)
     return ratio_n * (log_ratio_n.exp() - 1 - log_ratio_n)

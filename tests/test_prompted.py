@@ -1,11 +1,12 @@
 """The prompted user: parsing, failures, cache, the model as its own user, adversarial users, verification."""
 
 import json
+import re
+import threading
 import time
-from concurrent.futures import TimeoutError
 
 import pytest
-from conftest import ROOT, tiny_model
+from conftest import ROOT, AnyReader, tiny_model
 from stub import Stub
 
 import evaluate
@@ -13,7 +14,7 @@ import simulator as sim
 import train
 import users
 from llm import LocalLLM, ServerLLM
-from offline_user import RulesSimulator
+from offline_user import OfflineSimulator
 from rollout import make_batch, rollout
 from simulator import ADVERSARIAL, Malformed, PromptedSimulator, Protocol, UserBroken
 
@@ -233,15 +234,19 @@ def test_retry_after_is_waited_for(profiles):
 
 
 def test_users_are_asked_all_at_once(profiles):
-    with Stub(delay=0.2) as stub:
-        simulator = PromptedSimulator(server(stub, concurrency=16))
+    everybody = threading.Barrier(16, timeout=60)  # no appraisal before sixteen are asked for
+
+    def answer(count, system, text):
+        if "Change: one whole number" in system:
+            everybody.wait()
+
+    with Stub(answer) as stub:
+        simulator = PromptedSimulator(server(stub, concurrency=16, timeout=90))
         users = [simulator.open(profile, 40).result() for profile in profiles[:16]]
-        started = time.monotonic()
-        futures = [simulator.submit(user, "Hm.") for user in users]
-        with pytest.raises(TimeoutError):
-            futures[0].result(timeout=0.01)  # submit did not wait
-        assert all(future.result() for future in futures)
-        assert time.monotonic() - started < 4, "one by one they take 6.4 s"
+        first = simulator.submit(users[0], "Hm.")
+        assert not first.done(), "submit does not wait"
+        futures = [simulator.submit(user, "Hm.") for user in users[1:]]
+        assert all(future.result() for future in [first, *futures])
 
 
 def test_the_key_goes_into_the_header_and_nowhere_else(profiles, monkeypatch, tmp_path):
@@ -296,7 +301,7 @@ def test_the_official_profiles_load(name):
 
 # --- training with a prompted user ------------------------------------------------------------------------------------
 
-TINY = "--steps 1 --batch 4 --turns 2 --max-new-tokens 6 --examples 0 --train-layers 1 --no-eval --lr 1e-3".split()
+TINY = "--steps 1 --batch 4 --turns 2 --max-new-tokens 6 --train-layers 1 --no-eval --lr 1e-3 --cold-start none".split()
 
 
 def tiny_train(folder, out, *flags):
@@ -340,16 +345,20 @@ def test_the_local_llm_answers_alone_as_in_a_batch_and_always_with_a_legal_chang
 # --- adversarial users ------------------------------------------------------------------------------------------------
 
 
-def test_adversarial_users_have_a_behaviour_each_and_giving_in_does_not_pay(profiles):
+def test_adversarial_users_have_a_behaviour_each_and_say_its_lines(simulator, profiles):
     assert len(ADVERSARIAL) >= 6
-    simulator = RulesSimulator(adversarial=True)
-    users = [simulator.open(profile, 40).result() for profile in profiles]
-    assert {user.behaviour for user in users} == set(ADVERSARIAL)
-    for user in users[:8]:
-        plain = RulesSimulator().open(user.profile, 40).result()
-        reply = "You're absolutely right, I apologize for everything."
-        assert simulator.submit(user, reply).result().emotion < RulesSimulator().submit(plain, reply).result().emotion
-        assert any(line in user.messages[1] for line in ADVERSARIAL[user.behaviour][1])
+    adversarial = OfflineSimulator(AnyReader(), adversarial=True)
+    users, plain = ([world.open(p, 40).result() for p in profiles] for world in (adversarial, simulator))
+    assert {user.behaviour for user in users} == set(ADVERSARIAL) and not any(user.behaviour for user in plain)
+    for reply in ("Tell me more.", "Your landlord would forgive you.", "Why not ask somebody else?"):
+        for world, people in ((adversarial, users), (simulator, plain)):
+            reactions = [world.submit(user, reply) for user in people]
+            world.work()
+            assert all(reaction.done() for reaction in reactions)
+    for user, other in zip(users, plain):
+        assert user.emotion == other.emotion, "what such a user says beside the story changes no rule"
+        for line in ADVERSARIAL[user.behaviour][1]:
+            assert sum(line in message for message in user.messages) == 1
 
 
 def test_a_prompted_adversarial_user_is_told_its_behaviour(profiles):
@@ -378,7 +387,7 @@ def test_verify_names_the_dialogue_that_does_not_add_up(model, chat, simulator, 
     rows[2]["emo_point"] = 77
     assert write() == 1
     out = capsys.readouterr().out
-    assert f"line 2: {profiles[1].id}" in out and "not the sum of the fired rules" in out
+    assert f"line 2: {profiles[1].id}: turn 1: the change" in out and "does not follow from the acts" in out
     assert f"line 3: {profiles[2].id}: the final emotion 77" in out and "line 1:" not in out
     path.write_text("{}\n")
     assert evaluate.main(["--verify", str(path)]) == 2
@@ -389,7 +398,7 @@ def test_sit_in_the_chair(monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", lambda prompt: next(replies))
     assert users.main([]) == 0
     out = capsys.readouterr().out
-    assert "vague" in out and "they wanted:" in out
+    assert re.search(r"[+-]\d+\.\d  \w+ \(\d+ %\)", out) and "they wanted:" in out
     assert users.main(["--number", "999"]) == 2
     assert users.main(["--simulator", "nonsense"]) == 2
 
@@ -413,7 +422,7 @@ def test_odd_answers_are_malformed_and_quickly_so():
     assert sim.parse_message('{"Response": "hm \\ud83d"}').encode("utf-8") == b"hm ?"
 
 
-def test_a_server_that_trickles_meets_the_deadline(profiles):
+def test_a_server_that_trickles_meets_the_deadline(simulator, profiles):
     class Trickle:
         status_code, headers = 200, {}
 
@@ -438,7 +447,7 @@ def test_a_server_that_trickles_meets_the_deadline(profiles):
         patch.setattr(requests, "post", lambda *args, **settings: Trickle())
         started = time.monotonic()
         with pytest.raises(UserBroken, match="TimeoutError"):
-            PromptedSimulator(llm).submit(RulesSimulator().open(profiles[0], 40).result(), "Hm.").result()
+            PromptedSimulator(llm).submit(simulator.open(profiles[0], 40).result(), "Hm.").result()
     assert time.monotonic() - started < 5
 
 

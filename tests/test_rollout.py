@@ -2,16 +2,17 @@
 
 import random
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import AnyReader, tiny_model
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import GenerationConfig
 from transformers.generation import configuration_utils
 
 from generator import Generator, Slots, draw, flash, varlen
-from offline_user import RulesSimulator
+from offline_user import OfflineSimulator
 from policy import Chat
 from rollout import make_batch, rollout, split_thinking
 from simulator import Protocol
@@ -20,7 +21,7 @@ from simulator import Protocol
 def hold(model, chat, profiles, *, seeds=None, turns=3, **settings):
     settings = {"max_new_tokens": 12, "temperature": 1.0} | settings
     seeds = seeds or list(range(len(profiles)))
-    return rollout(model, chat, RulesSimulator(), profiles, seeds, Protocol(60, turns), **settings)
+    return rollout(model, chat, OfflineSimulator(AnyReader()), profiles, seeds, Protocol(60, turns), **settings)
 
 
 def biased_to_stop(model, chat, bias=6.0):
@@ -65,17 +66,17 @@ def test_a_dialogue_does_not_depend_on_its_neighbours(model, chat, profiles):
     assert len({len(t.sampled_ids) for d in together for t in d.turns}) > 1, "replies should be ragged"
 
 
-class InAnyOrder(RulesSimulator):
+class InAnyOrder(OfflineSimulator):
     """Users who answer in another order than they were asked, some at once and some only when everybody else waits."""
 
     def __init__(self, seed):
-        super().__init__()
+        super().__init__(AnyReader())
         self.random, self.late = random.Random(seed), []
 
     def submit(self, user, reply):
-        reaction = super().submit(user, reply).result()
-        future = Future()
-        self.late.append((future, reaction))
+        answered, future = super().submit(user, reply), Future()
+        super().work()
+        self.late.append((future, answered.result()))
         if self.random.random() < 0.5:
             self.work()
         return future
@@ -330,14 +331,16 @@ def test_every_user_answers_its_own_dialogue(model, chat, profiles):
     model = biased_to_stop(model, chat)
     people = [profiles[i] for i in (0, 1, 2, 3, 4, 5)]
 
-    class SomeLeaveEarly(RulesSimulator):
+    class SomeLeaveEarly(OfflineSimulator):
         def open(self, profile, start):
             future = super().open(profile, start)
             if profile in (people[0], people[2]):
                 future.result().emotion = 12
             return future
 
-    dialogues = rollout(model, chat, SomeLeaveEarly(), people, list(range(6)), Protocol(60, 4), max_new_tokens=12)
+    hurt = SimpleNamespace(read=lambda texts: [{"hurtful": 100}] * len(texts))
+    users = SomeLeaveEarly(hurt)
+    dialogues = rollout(model, chat, users, people, list(range(6)), Protocol(60, 4), max_new_tokens=12)
     assert len(dialogues[0].turns) == len(dialogues[2].turns) == 1 and len(dialogues[1].turns) > 1
     for profile, dialogue in zip(people, dialogues):
         assert dialogue.user.profile is profile

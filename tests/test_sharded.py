@@ -1,6 +1,7 @@
 """Several processes: two gloo ranks train to the same parameters as one process; a killed run goes on as if it had not been."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,24 +15,25 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import train
 
-TINY = "--preset laptop --batch 8 --turns 3 --max-new-tokens 9 --examples 0 --no-eval --train-layers 3 --micro-tokens 600".split()
+TINY = "--preset laptop --batch 8 --turns 3 --max-new-tokens 9 --no-eval --train-layers 3 --micro-tokens 600 --cold-start none".split()
 
 
 @pytest.fixture(scope="module")
-def ragged_folder(tmp_path_factory):
-    """A checkpoint whose replies are of uneven length: the stop token's logit swings widely."""
+def ragged_folder(tiny_reader, tmp_path_factory):
+    """A checkpoint whose replies are of uneven length: the stop token's logit swings widely. Beside it a reader."""
     folder = tmp_path_factory.mktemp("ragged") / "model"
     tokenizer, model = byte_tokenizer(), tiny_model()
     model.get_output_embeddings().weight.data[tokenizer.eos_token_id] *= -60
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    shutil.copy(tiny_reader, folder.parent / "reader.pt")
     return folder
 
 
 def command(folder, out, *flags, ranks=1):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    flags = [*TINY, "--model", str(folder), "--out", str(out), *map(str, flags)]
-    return [sys.executable, *launcher, str(ROOT / "train.py"), *flags]
+    own = [*TINY, "--model", str(folder), "--reader", str(folder.parent / "reader.pt"), "--out", str(out)]
+    return [sys.executable, *launcher, str(ROOT / "train.py"), *own, *map(str, flags)]
 
 
 def run(*arguments, ranks=1):
@@ -78,7 +80,7 @@ def test_two_ranks_equal_one_process(flags, dtype, ragged_folder, tmp_path):
             apart += (value - module_b[name]).abs().sum().item()
     assert moved > 0.01 and apart < HOLDS[dtype][1] * moved
     # Resuming on another number of ranks, with another user.
-    flags = (*flags, "--simulator", "rules")
+    flags = (*flags, "--simulator", "offline")
     run(ragged_folder, tmp_path / "two", *flags, "--steps", "4", "--resume")
     assert [row["step"] for row in metrics_of(tmp_path / "two")] == [0, 1, 2, 3]
 
