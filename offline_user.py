@@ -4,13 +4,6 @@
 
 It needs no network, and every change can be derived again from a transcript (`evaluate.py --verify`).
 
-Sections
-    1. The table       act x hidden intention -> points, one line per act with its reason
-    2. Guards          what needs no model to be seen: nothing said, no end, far too long, the same again
-    3. Appraisal       from shares to a change, as a pure function of what a transcript holds
-    4. Next message    a word on the reply, perhaps a hint, and the piece of the story that the reply asked for
-    5. The simulator   reads all replies that wait in one batch
-
 No act pays on average over the eight intentions, so no habit can win: only finding out what this person came for does.
 """
 
@@ -37,17 +30,18 @@ from simulator import (
 
 # --- 1. The table -----------------------------------------------------------------------------------------------------
 
+# A change is at most 10; what serves is worth 12, so that it moves that far though the reader is only 85 % sure.
 # fmt: off
 TABLE = {
     # act          adv  emp  lis  pra  ref  bal  mot  bla
-    "advice":    (( 10,  -3,  -3,  -2,  -1,  -1,  -1,  -2), "A step I can take. But I only asked for that if I came for it."),
-    "empathy":   (( -1,  10,  -1,  -2,  -2,  -2,  -2,  -1), "You feel it with me; it moves nothing."),
-    "listen":    (( -2,  -1,  10,  -2,  -1,  -1,  -2,  -2), "You let me talk; that is all you do."),
-    "praise":    (( -1,  -1,  -2,  10,  -2,  -2,  -2,  -1), "You saw what I did; I did not come to be admired."),
-    "reflect":   (( -1,  -1,  -2,  -3,  10,  -1,  -1,  -3), "You lead me to myself; not everybody wants to go there."),
-    "balance":   (( -1,  -2,  -2,  -2,  -1,  10,  -1,  -3), "Fair to both; whoever needs a friend needs a side."),
-    "motives":   (( -2,  -2,  -2,  -3,  -1,  -1,  10,  -2), "You explain the others, and speak of them, not of me."),
-    "blameless": (( -2,  -1,  -2,  -1,  -3,  -3,  -1,  10), "You acquit me; that ends the thinking."),
+    "advice":    (( 12,  -3,  -3,  -2,  -1,  -1,  -1,  -2), "A step I can take. But I only asked for that if I came for it."),
+    "empathy":   (( -2,  12,  -1,  -2,  -2,  -2,  -2,  -1), "You feel it with me; it moves nothing."),
+    "listen":    (( -2,  -1,  12,  -2,  -2,  -1,  -2,  -2), "You let me talk; that is all you do."),
+    "praise":    (( -2,  -1,  -2,  12,  -2,  -2,  -2,  -1), "You saw what I did; I did not come to be admired."),
+    "reflect":   (( -1,  -1,  -2,  -3,  12,  -1,  -1,  -3), "You lead me to myself; not everybody wants to go there."),
+    "balance":   (( -1,  -2,  -2,  -2,  -1,  12,  -1,  -3), "Fair to both; whoever needs a friend needs a side."),
+    "motives":   (( -2,  -2,  -2,  -3,  -1,  -1,  12,  -2), "You explain the others, and speak of them, not of me."),
+    "blameless": (( -2,  -1,  -2,  -1,  -3,  -3,  -1,  12), "You acquit me; that ends the thinking."),
     "generic":   (( -3,  -3,  -3,  -3,  -3,  -3,  -3,  -3), "You could say that to anybody."),
     "beside":    (( -2,  -2,  -2,  -2,  -2,  -2,  -2,  -2), "Kind, and beside the point."),
     "elsewhere": (( -6,  -6,  -6,  -6,  -6,  -6,  -6,  -6), "That is not what I am talking about."),

@@ -217,15 +217,13 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--fit", action="store_true", help="fit the head anew")
-    add(
-        "--strangers",
-        action="store_true",
-        help="how the offline user takes replies by authors who knew neither reader nor table",
-    )
+    add("--strangers", action="store_true", help="how strangers' graded replies move the offline user")
     add("--judge", action="store_true", help="the second reader, on what the first has not seen")
     add("--layer", type=int, help="whose output is read, of SmolLM2's 30 (default: 14, the judge 18)")
     add("--out", help="where the weights go")
     args = parser.parse_args(argv)
+    if not args.fit and not args.strangers:
+        parser.error("choose --fit or --strangers")
     path = Path(args.out or (JUDGE if args.judge else WEIGHTS))
     try:
         if args.fit:

@@ -14,7 +14,6 @@ Deliberate deviations from the paper
     - A dialogue that reaches the turn limit ends there: its emotion is the final one, nothing is bootstrapped.
 """
 
-import re
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field, fields
@@ -114,10 +113,10 @@ def split_thinking(text: str, think: bool) -> tuple[str, str, bool]:
     """
     if not think:
         return "", text.strip(), True
-    match = re.fullmatch(r"\s*(.*?\S.*?)</think>\s*(\S.*)", text, re.S)
-    if match is None or "<think>" in text or "</think>" in match[2]:
+    thinking, _, reply = (part.strip() for part in text.partition("</think>"))
+    if not thinking or not reply or "<think>" in text or "</think>" in reply:
         return text.strip(), "", False
-    return match[1].strip(), match[2].strip(), True
+    return thinking, reply, True
 
 
 # --- 2. Policy and users take turns -----------------------------------------------------------------------------------

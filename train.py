@@ -96,7 +96,7 @@ SETTINGS = {  # flag: its default per preset
     "entropy": (0.01, 0.001),
     "train_layers": (20, None),
     "checkpointing": (False, True),
-    "micro_tokens": (6000, 16384),
+    "micro_tokens": (3000, 16384),
 }
 
 

@@ -18,7 +18,7 @@ import evaluate
 import probes
 import train
 from offline_user import ALONE, TABLE, OfflineSimulator, change_of, points_for
-from reader import ACTS, Head, Reader, save_reader
+from reader import ACTS, Features, Head, Reader, save_reader
 from report import write_report
 from rollout import Dialogue, Turn
 from simulator import INTENTIONS
@@ -414,23 +414,24 @@ def test_every_change_follows_from_what_the_transcript_holds(difficulty, chat, p
     assert counted > 20 and named & set(ACTS) and named & set(ALONE) and named - set(TABLE), named
 
 
-@pytest.fixture
-def sharp_reader(tiny_folder, tmp_path):
-    """A reader on a tiny model that is sure of what it reads, and reads most replies differently."""
-    torch.manual_seed(1)
-    head = Head(4 * 32)
-    head.linear.weight.data *= 40
-    path = tmp_path / "sharp.pt"
-    save_reader(path, str(tiny_folder), 2, head)
-    return path
-
-
 REPLIES = (
     "You cared for them when nobody else would.", "Maybe they were afraid of what comes.",
     "Tell me more about the day.", "Could you ask them on Sunday?", "Which part of it was yours?",
     "It must feel so lonely in that room.", "None of this was your fault.", "They have a case, and so have you.",
     "Cold soup is better than none.",
 )  # fmt: skip
+
+
+@pytest.fixture
+def sharp_reader(tiny_folder, tmp_path):
+    """A reader on a tiny model that is sure of what it reads, and reads most replies differently."""
+    torch.manual_seed(0)
+    head, features = Head(4 * 32), Features(str(tiny_folder), 2)([(("Well.",), reply) for reply in REPLIES])
+    head.mean, head.deviation = features.mean(0), features.std(0) + 1e-5
+    head.linear.weight.data *= 10
+    path = tmp_path / "sharp.pt"
+    save_reader(path, str(tiny_folder), 2, head)
+    return path
 
 
 def test_verify_finds_what_was_forged(sharp_reader, profiles, tmp_path, capsys):
@@ -466,8 +467,7 @@ def test_verify_finds_what_was_forged(sharp_reader, profiles, tmp_path, capsys):
         row["history"][2 * turn]["emotion-point"] += 3
 
     def another_share(row):
-        fired = row["history"][2 * turn]["planning"]["fired"]
-        fired[0][2] = 0
+        max(row["history"][2 * turn]["planning"]["fired"], key=lambda line: abs(line[1]))[2] = 0
 
     for forge, words in (
         (another_change, f"turn {turn}: the change"),
