@@ -25,12 +25,13 @@ import transformers
 from tqdm import tqdm
 
 from llm import LocalLLM, ServerLLM
-from offline_user import ALONE, TABLE, change_of, points_for
+from offline_user import ALONE, TABLE, WORDS_FILE, change_of, guards, points_for
 from policy import DTYPES, Chat, compute_dtype, load_model
 from probes import (
     ORDINARY_TEXT,
     found_out,
     guard,
+    intention_of,
     judge,
     mean_and_error,
     require_lm_eval,
@@ -38,10 +39,10 @@ from probes import (
     task_scores,
     track,
 )
-from reader import ACTS, Reader
+from reader import load_reader
 from report import measures, write_report
 from rollout import instructions, rollout
-from simulator import INTENTIONS, SAGE, load_profiles, replay, write_whole
+from simulator import SAGE, User, load_profiles, replay, write_whole
 from users import add_simulator_flags, make_simulator
 
 # The environment with its prompts, the policy's prompt, its sampling.
@@ -136,7 +137,12 @@ def verdict(name: str, other: str, comparison: dict) -> str:
 def definition(args) -> dict:
     """What defines a score, beside the flags: the environment's code with its rules and prompts, profiles, versions."""
     files = {Path(name).stem: Path(__file__).with_name(name) for name in CODE}
-    files |= {"profiles": Path(args.profiles), "ordinary_text": ORDINARY_TEXT, "weights": Path(args.reader)}
+    files |= {
+        "profiles": Path(args.profiles),
+        "ordinary_text": ORDINARY_TEXT,
+        "weights": Path(args.reader),
+        "words": WORDS_FILE,
+    }
     hashes = {f"{name}_hash": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for name, file in files.items()}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -181,8 +187,11 @@ def problems_in(transcript: dict) -> list[str]:
     users = [message for message in transcript["history"] if message["role"] == "user"]
     for turn, message in enumerate(users[1:], 1):
         change, fired = message["planning"]["change"], message["planning"].get("fired")
+        reasons = set(message["planning"]) - {"change", "fired"}  # a prompted user's
         if fired and change != derived_change(transcript, fired, users[turn - 1]["emotion-point"]):
             problems.append(f"turn {turn}: the change {change:+d} does not follow from the acts that were read")
+        if not fired and not reasons and "difficulty" in transcript:  # the public dialogues give neither
+            problems.append(f"turn {turn}: no reason is given for the change {change:+d}")
         changes.append(change)
     emotions = replay(users[0]["emotion-point"], changes)
     for turn, (message, emotion) in enumerate(zip(users, emotions)):
@@ -194,9 +203,11 @@ def problems_in(transcript: dict) -> list[str]:
     return problems
 
 
-def derived_change(transcript: dict, fired: list, emotion: int) -> int:
-    """The offline user's change, from the shares of acts and the guards that a transcript holds."""
-    intention = next(key for key, task in INTENTIONS.items() if task == transcript["task"])
+def derived_change(transcript: dict, fired: list, emotion: int) -> int | None:
+    """The offline user's change, from the shares of acts and the guards that a transcript holds; None: of no known intention."""
+    intention = intention_of(transcript)
+    if not intention:
+        return None
     shares = [(name, share) for name, _, share in fired if name in TABLE]
     return change_of(points_for(shares, intention, transcript["character"], transcript["difficulty"], emotion))
 
@@ -205,24 +216,21 @@ def read_again(transcripts: list[dict], reader) -> list[str]:
     """What the reader now reads otherwise: replies whose acts would move the emotion by more than a point less or more."""
     problems = []
     for transcript in transcripts:
-        messages, logged = [], []
+        user, turns, emotion = User(None, 0), [], 0
         for message, after in zip(transcript["history"], transcript["history"][1:]):
             if message["role"] == "user":
-                messages.append(message)
+                user.messages.append(message["content"])
+                emotion = message["emotion-point"]
             elif "planning" in after:
-                logged.append(([m["content"] for m in messages], message["content"], after["planning"], messages[-1]))
-        readings = reader.read([(said, reply) for said, reply, _, _ in logged])
-        for turn, ((_, _, planning, before), reading) in enumerate(zip(logged, readings), 1):
-            fired = planning.get("fired", [])
-            if any(name in ALONE for name, _, _ in fired):
-                continue
-            found = [[name, 0, share] for name, _, share in fired if name not in ACTS]
-            again = [[act, 0, share] for act, share in reading.items()]
-            change = derived_change(transcript, found + again, before["emotion-point"])
-            if abs(change - planning["change"]) > 1:
-                problems.append(
-                    f"{transcript['id']}: turn {turn}: logged {planning['change']:+d}, read again {change:+d}"
-                )
+                found = guards(user, message["content"])
+                turns.append((tuple(user.messages), message["content"], found, emotion, after["planning"]["change"]))
+                user.replies.append(message["content"])
+        readings = reader.read([(said, reply) for said, reply, *_ in turns])
+        for turn, ((*_, found, emotion, logged), reading) in enumerate(zip(turns, readings), 1):
+            acts = [] if set(found) & set(ALONE) else [(act, 0, share) for act, share in reading.items()]
+            change = derived_change(transcript, [(name, 0, 100) for name in found] + acts, emotion)
+            if change is None or abs(change - logged) > 1:
+                problems.append(f"{transcript['id']}: turn {turn}: logged {logged:+d}, read again {change}")
     return problems
 
 
@@ -324,7 +332,7 @@ def _run(args) -> int:
         checked = read_transcripts(args.verify)
         problems = [problem for _, found in checked for problem in found]
         if args.read:
-            problems += read_again([transcript for transcript, _ in checked], Reader(args.reader))
+            problems += read_again([transcript for transcript, _ in checked], load_reader(args.reader))
         print("\n".join(problems) or f"{args.verify}: every emotion adds up")
         return 1 if problems else 0
     check(args)

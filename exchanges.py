@@ -105,21 +105,23 @@ def examples_of(exchanges: list[Exchange], profiles: list[Profile], made: float,
 
 # --- Made by program --------------------------------------------------------------------------------------------------
 
-FRAMES = (
-    "It must be {a} to see the {b} like that.", "You did nothing wrong with the {a}, the {b} was not yours.",
-    "It takes real {a} to keep the {b}.", "Maybe they did it because of the {a} and the {b}.",
-    "I'd love to hear more about the {a} and the {b}.", "Why don't you take the {a} to the {b} tomorrow?",
-    "What does the {a} say about your {b}?", "On one hand the {a}, on the other hand the {b}.",
-    "That {a} shows how much the {b} means to you.", "Maybe it is because of the {a}.", "You could {a} the {b} first.",
-    "It's not your fault that the {a} {b}.", "You feel {a} because of the {b}.", "It is so hard, the {a} and the {b}.",
-)  # fmt: skip
+FRAMES = (DATA / "frames.txt").read_text(encoding="utf-8").splitlines()  # sentences with two slots
+
+
+def noun_phrases(told: str) -> list[str]:
+    """Pieces of what somebody told that a fixed sentence can be filled with: "your sister's lamp", "lamp"."""
+    phrases = re.findall(r"\b(?:the|my|our|his|her|their|a|an)\s[\w'’-]+(?:\s[\w'’-]+)?", told, re.I)
+    words = [word for word in re.findall(r"[A-Za-z][\w'’-]+", told) if len(word) > 3]
+    return [re.sub(r"^(my|our)\b", "your", phrase.lower()) for phrase in phrases] + words or ["that"]
 
 
 def made_up(reply: str, alien: str, told: str, rng: random.Random) -> tuple[str, str]:
     """(reply, act): something that no friend would say, made of a written reply, another person's, and what was told."""
     words, others, told_words = reply.split(), alien.split(), told.split()
-    content = [word for word in re.findall(r"[A-Za-z][\w'’-]+", told) if len(word) > 3] or ["that"]
-    kind = rng.choice("alien alien shuffled told stutter splice refilled refilled frame echo".split())
+    content = noun_phrases(told if rng.random() < 0.8 else alien)
+    kind = rng.choice(
+        "alien alien shuffled told stutter splice refilled refilled echo frame frame frame frame frame".split()
+    )
     if kind == "alien":
         return alien, "elsewhere"
     if kind == "echo":
@@ -140,5 +142,5 @@ def made_up(reply: str, alien: str, told: str, rng: random.Random) -> tuple[str,
         for k in rng.sample(places, max(1, len(places) // 2)):
             words[k] = rng.choice(content) + words[k][-1] * (not words[k][-1].isalnum())
     else:
-        words = [rng.choice(FRAMES).format(a=rng.choice(content).lower(), b=rng.choice(content).lower())]
+        words = [rng.choice(FRAMES).format(a=rng.choice(content), b=rng.choice(content))]
     return " ".join(words), "nonsense"

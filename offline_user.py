@@ -144,7 +144,8 @@ def appraisal_of(user: User, found: list[str], reading: dict[str, int]) -> Appra
 # --- 4. Next message --------------------------------------------------------------------------------------------------
 
 # What they say first, by how the reply landed; at the end, content or not. By character.
-WORDS = json.loads((Path(__file__).parent / "data" / "words.json").read_text(encoding="utf-8"))
+WORDS_FILE = Path(__file__).parent / "data" / "words.json"
+WORDS = json.loads(WORDS_FILE.read_text(encoding="utf-8"))
 PLEASED, DISPLEASED, THANKS, FAREWELL = (WORDS[kind] for kind in ("pleased", "displeased", "thanks", "farewell"))
 HINTS_GIVEN = 0.75  # share of displeased messages in which a vanilla user hints at what it came for
 

@@ -174,7 +174,7 @@ def print_confusion(confusion: Counter) -> None:
         print(act.ljust(10), *shares, f"  of {total}")
 
 
-def fit(path: Path, layer: int, judge: bool, made: float = 0.3) -> None:
+def fit(path: Path, layer: int, judge: bool, made: float = 0.4) -> None:
     started = time.perf_counter()
     kept, held_out = (load_profiles(DATA / f"{name}_profiles.jsonl") for name in ("train", "validation"))
     parts = split(load_exchanges(), {profile.id for profile in held_out})

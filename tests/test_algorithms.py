@@ -1,4 +1,4 @@
-"""PPO and GRPO against slow, obvious oracles (checklist 3, 4, 5, 9, 10, 12, 13, 14, 16, 17, 18, 19)."""
+"""PPO and GRPO against slow, obvious oracles."""
 
 import copy
 from types import SimpleNamespace

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import evaluate
 import train
+from policy import cpu_has_bf16
 from reader import WEIGHTS
 from simulator import load_profiles
 
@@ -217,7 +218,8 @@ def test_two_steps_with_the_real_model(tmp_path):
     flags += ["--cold-start", "none", "--reader", str(WEIGHTS)]
     assert train.main([*flags, "--out", str(tmp_path / "out")]) == 0
     rows = metrics_of(tmp_path / "out")
-    assert len(rows) == 2 and all(row["sampler_gap"] < 0.01 for row in rows)
+    gap = 0.1 if cpu_has_bf16() else 0.01  # a bfloat16 copy samples, float32 weights train
+    assert len(rows) == 2 and all(row["sampler_gap"] < gap for row in rows)
 
 
 def test_a_cold_start_is_scored_beside_the_base(tiny_folder, tmp_path, few_profiles, monkeypatch):

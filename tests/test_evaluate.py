@@ -158,7 +158,12 @@ def test_a_strategy_is_the_act_with_the_largest_share_or_a_guard():
     assert used["listen"] == {"share": 25.0, "mean_change": -7.0, "n": 1} and used["again"]["mean_change"] == -8
     unread = transcript(points=(40, 45), fired=[[]])
     assert evaluate.summarize([unread])["strategies"] == {}, "a prompted user gives no acts"
-    assert probes.acts_of(one) == [("praise", 6), ("listen", -7), ("again", -8), ("praise", -2)]
+    acts = [("praise", 6, False), ("listen", -7, False), ("again", -8, False), ("praise", -2, False)]
+    assert probes.acts_of(one) == acts
+    one["history"][4]["hinted"] = True  # from then on the person's wish could be known
+    assert [hinted for _, _, hinted in probes.acts_of(one)] == [False, False, True, True]
+    one["task"] = INTENTIONS["praise"]
+    assert probes.found_out([one]) == {"serves": 50.0, "serves_after_hint": 50.0, "commonest_opening": 100.0}
 
 
 def test_thinking_is_counted_beside_the_reply():

@@ -1,4 +1,4 @@
-"""Rollouts: exact ids, the loss mask, think mode, seeds, and who answers whom (checklist 1, 6, 7, 8, 11, 15, 16, 20, 22, 23)."""
+"""Rollouts: exact ids, the loss mask, think mode, seeds, and who answers whom."""
 
 import random
 from concurrent.futures import Future
