@@ -85,7 +85,7 @@ def test_two_ranks_equal_one_process(flags, dtype, ragged_folder, tmp_path):
     assert [row["step"] for row in metrics_of(tmp_path / "two")] == [0, 1, 2, 3]
 
 
-KILLED = ("--algo", "grpo", "--group", "2", "--steps", "4", "--save-every", "1")
+KILLED = ("--algo", "grpo", "--group", "2", "--steps", "4", "--save-every", "1", "--dtype", "bfloat16")
 
 
 @pytest.fixture(scope="module")
