@@ -2,8 +2,7 @@
 
     reply -> guards -> reader: share of each act -> table: points -> character, mood -> change -> next message
 
-It needs no network, and every change can be derived again from a transcript (`evaluate.py --verify`).
-
+Every change can be derived again from a transcript (`evaluate.py --verify`).
 No act pays on average over the eight intentions, so no habit can win: only finding out what this person came for does.
 """
 
