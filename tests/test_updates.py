@@ -473,9 +473,11 @@ def test_a_broken_format_frees_its_slot_and_scores_zero(model, chat, tmp_path, c
     scripted, texts = copy.copy(chat), iter(["no end", "A thought.</think> I see.", "Another.</think> And?"])
     scripted.decode = lambda ids: next(texts)
     people = [Profile(**person) for person in PEOPLE[:2]]
-    settings = dict(think=True, slots=1, max_new_tokens=3)
+    ended = []
+    settings = dict(think=True, slots=1, max_new_tokens=3, on_end=lambda: ended.append(1))
     broken, kept = rollout(model, scripted, Steady(5, 5), people, [0, 1], Protocol(30, 2), **settings)
     assert (broken.final_emotion, len(broken.turns)) == (0, 1) and (kept.final_emotion, len(kept.turns)) == (40, 2)
+    assert len(ended) == 2 and broken.transcript()["emo_point"] == 0 and broken.user.emotion == 30
     assert make_batch([broken, kept], "delta").reward_N[:3].tolist() == pytest.approx([0, 0, -0.3])
     transcript, path = broken.transcript(), tmp_path / "transcripts.jsonl"
     for emotion, status in ((0, 0), (30, 1)):
