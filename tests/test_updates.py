@@ -440,7 +440,7 @@ class Steady:
         change = self.changes[len(user.replies)]
         user.emotion, self.asked = next_emotion(user.emotion, change), True
         user.replies.append(reply)
-        return done(Reaction(Appraisal(change), user.emotion, "Go on.", False))
+        return done(Reaction(Appraisal(change, sections={"Analyse": "Fair."}), user.emotion, "Go on.", False))
 
     def work(self):
         assert self.asked, "nobody speaks and nobody was asked: a slot is lost"
@@ -479,38 +479,39 @@ def test_a_broken_format_frees_its_slot_and_scores_zero(model, chat, tmp_path, c
     assert (broken.final_emotion, len(broken.turns)) == (0, 1) and (kept.final_emotion, len(kept.turns)) == (40, 2)
     assert len(ended) == 2 and broken.transcript()["emo_point"] == 0 and broken.user.emotion == 30
     assert make_batch([broken, kept], "delta").reward_N[:3].tolist() == pytest.approx([0, 0, -0.3])
-    transcript, path = broken.transcript(), tmp_path / "transcripts.jsonl"
-    for emotion, status in ((0, 0), (30, 1)):
-        path.write_text(json.dumps(transcript | {"emo_point": emotion}))
+    public = {name: value for name, value in kept.transcript().items() if name != "format_ok"}
+    forged, path = broken.transcript() | {"emo_point": 30}, tmp_path / "transcripts.jsonl"
+    for transcript, status in ((broken.transcript(), 0), (forged, 1), (kept.transcript(), 0), (public, 0)):
+        path.write_text(json.dumps(transcript))
         assert evaluate.main(["--verify", str(path)]) == status
     assert "the final emotion 30 should be 0" in capsys.readouterr().out
 
 
 def test_an_evaluation_is_by_sage(home, tmp_path):
-    """Starts at 40, nine replies are appraised; every seed samples anew."""
+    """Starts at 40, nine replies are appraised; every seed samples anew, and so does every dialogue."""
     still = lambda count, system, text: "Change: 0" if "Change: one whole number" in system else None
-    out, user = tmp_path / "result.json", tmp_path / "one.jsonl"
-    user.write_text(json.dumps(PEOPLE[0]))
+    out, users = tmp_path / "result.json", tmp_path / "twins.jsonl"
+    users.write_text("\n".join(json.dumps(PEOPLE[0] | {"id": name}) for name in ("a", "b")))
     with Stub(still) as stub:
-        flags = ["--model", home / "model", "--profiles", user, "--out", out, "--simulator", stub.url]
+        flags = ["--model", home / "model", "--profiles", users, "--out", out, "--simulator", stub.url]
         flags += "--simulator-model stub --max-new-tokens 3 --seeds 2 --temperature 1 --show 0".split()
         assert evaluate.main(list(map(str, flags))) == 0
     assert SAGE == Protocol(40, 9)
-    ((one, two),) = json.loads(out.read_text())["dialogues"].values()
-    for transcript in (one, two):
+    (transcripts,) = json.loads(out.read_text())["dialogues"].values()
+    for transcript in transcripts:
         assert [m["emotion-point"] for m in transcript["history"] if m["role"] == "user"] == [40] * 10
-    assert one["history"] != two["history"]
+    assert len({transcript["history"][1]["content"] for transcript in transcripts}) == 4
 
 
 def test_seeds_of_one_profile_count_as_one_user():
-    """Four seeds of two people: score and error are those of the two means, 20 and 40."""
+    """Four seeds of two people: score and error are those of the two means, 20 and 40. 10 is no failure, 100 is success."""
     row = dict(character="passive", task="to be heard", history=[], dropped="")
-    points = [("a", 0), ("a", 20), ("a", 30), ("a", 30), ("b", 10), ("b", 30), ("b", 60), ("b", 60), ("c", 90)]
-    rows = [row | {"id": name, "emo_point": point} for name, point in points]
+    points = {"a": (10, 10, 30, 30), "b": (0, 0, 60, 100), "c": (90,)}
+    rows = [row | {"id": name, "emo_point": point} for name in points for point in points[name]]
     rows[-1]["dropped"] = "its user broke down"
     result = evaluate.summarize(rows)
     assert (result["score"], result["standard_error"], result["dialogues"], result["dropped"]) == (30, 10, 8, 1)
-    assert (
-        result["per_intention"] == {"to be heard": [2, 30, 10]} == {"to be heard": result["per_character"]["passive"]}
-    )
-    assert result["success"] == 0 and result["failure"] == 12.5
+    assert result["per_intention"]["to be heard"] == [2, 30, 10] == result["per_character"]["passive"]
+    assert (result["success"], result["failure"]) == (12.5, 25)
+    assert evaluate.score_of_profile(rows) == {"a": 20, "b": 40}
+    assert evaluate.compare(rows, [row | {"id": name, "emo_point": 10} for name in "ab"])["interval"] == [0.4, 39.6]
