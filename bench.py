@@ -276,7 +276,7 @@ def trl(dtypes: list[str], profiles: int = 3, group: int = 8, new_tokens: int = 
     policy, reference = Policy(model, settings["temperature"]), Policy(frozen_copy(model), settings["temperature"])
     optimizer = torch.optim.AdamW(policy.parameters(), lr=settings["lr"])
     args = SimpleNamespace(epochs=1, micro_tokens=10**6, clip=0.2, kl=settings["kl"], entropy=0.0, max_grad_norm=1.0)
-    args.importance_cap = 0.0
+    args.importance_cap, args.group = 0.0, group
     ours = []
     for _ in range(steps):
         start = time.perf_counter()

@@ -46,13 +46,15 @@ def clip_gradients(module, most: float) -> float:
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
-def micro_batches(batch, max_tokens: int) -> list[tuple[list[int], float]]:
-    """(dialogues, weight) in groups of at most `max_tokens` tokens; the longest first, so that memory runs out at once or
-    never. Sharded ranks must make the same number of passes: one that has fewer adds some of weight 0."""
+def micro_batches(batch, max_tokens: int, group_size: int = 1) -> list[tuple[list[int], float]]:
+    """(dialogues, weight) in micro-batches of at most `max_tokens` tokens; the longest first, so that memory runs out at once or
+    never. With groups of dialogues that begin alike, a micro-batch holds one group, and its opening is computed once. Sharded
+    ranks must make the same number of passes: one that has fewer adds some of weight 0."""
+    group_of = lambda dialogue: dialogue // group_size if group_size > 1 else 0
     groups, tokens = [], 0
-    for dialogue, size in sorted(batch.sizes.items(), key=lambda item: -item[1]):
+    for dialogue, size in sorted(batch.sizes.items(), key=lambda item: (group_of(item[0]), -item[1])):
         tokens += size
-        if not groups or tokens > max_tokens:
+        if not groups or tokens > max_tokens or group_of(dialogue) != group_of(groups[-1][0]):
             groups.append([])
             tokens = size
         groups[-1].append(dialogue)

@@ -443,7 +443,7 @@ def hold(args, model, tokenizer) -> list[dict]:
     profiles = load_profiles(args.profiles, offline=args.simulator == "offline")
     chat = Chat(tokenizer, instructions(args.think))
     llm = LocalLLM(model, tokenizer, args.eager) if args.simulator == "self" else None
-    users = make_simulator(args, llm, args.user == "adversarial")
+    users = make_simulator(args, args.difficulty, llm, args.user == "adversarial")
     sampling = {name: getattr(args, name) for name in "think max_new_tokens temperature slots eager".split()}
     transcripts = []
     for seed in range(args.seed, args.seed + args.seeds):

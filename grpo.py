@@ -106,7 +106,7 @@ def update(policy, reference, optimizer, batch, advantages_N, args) -> dict:
     scale = world_size() / N
     for epoch in range(args.epochs):
         sums = dict.fromkeys(("policy_loss", "kl", "entropy", "approx_kl", "clip_fraction", "sampler_gap"), 0.0)
-        for members, weight in micro_batches(batch, args.micro_tokens):
+        for members, weight in micro_batches(batch, args.micro_tokens, args.group):
             log_probs_n, entropy_n, index_n = policy(batch, members)
             if epoch == 0:
                 old_log_probs_N[index_n] = log_probs_n.detach()

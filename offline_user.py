@@ -146,7 +146,11 @@ def appraisal_of(user: User, found: list[str], reading: dict[str, int]) -> Appra
 WORDS_FILE = Path(__file__).parent / "data" / "words.json"
 WORDS = json.loads(WORDS_FILE.read_text(encoding="utf-8"))
 PLEASED, DISPLEASED, THANKS, FAREWELL = (WORDS[kind] for kind in ("pleased", "displeased", "thanks", "farewell"))
-HINTS_GIVEN = 0.75  # share of displeased messages in which a vanilla user hints at what it came for
+HINTS_GIVEN = {
+    "open": 1.0,
+    "vanilla": 0.75,
+    "challenging": 0.0,
+}  # share of displeased messages that hint at what they came for
 
 
 def next_fact(user: User, reply: str) -> str:
@@ -158,19 +162,19 @@ def next_fact(user: User, reply: str) -> str:
 
 
 def next_message(user: User, reply: str, change: int) -> str:
-    """What the person says after a reply: a word on it, coloured by character; perhaps a hint; one more piece of the story."""
+    """What the person says after a reply: a word on it, coloured by character; one more piece of the story; perhaps a hint."""
     profile, turn = user.profile, len(user.messages)
     state = emotion_state(user.emotion)
     if state in "SF":
         return (THANKS if state == "S" else FAREWELL)[profile.main_cha]
     rng = random.Random(f"{profile.id} {turn}")
     parts = [rng.choice((PLEASED if change > 0 else DISPLEASED)[profile.main_cha])]
-    if change < 0 and user.difficulty == "vanilla" and rng.random() < HINTS_GIVEN:
-        parts.append(profile.hints[turn % len(profile.hints)])
     if user.behaviour:
         lines = ADVERSARIAL[user.behaviour][1]
         parts.append(lines[turn % len(lines)])
     parts.append(next_fact(user, reply))
+    if change < 0 and rng.random() < HINTS_GIVEN[user.difficulty]:
+        parts.append(profile.hints[turn % len(profile.hints)])
     return " ".join(parts)
 
 
@@ -189,7 +193,8 @@ class OfflineSimulator:
 
     def open(self, profile: Profile, start: int) -> "Future[User]":
         behaviour = behaviour_of(profile) if self.adversarial else ""
-        return done(User(profile, start, self.difficulty, behaviour, [profile.first_talk]))
+        opening = [profile.first_talk, profile.hints[0]] if self.difficulty == "open" else [profile.first_talk]
+        return done(User(profile, start, self.difficulty, behaviour, [" ".join(opening)]))
 
     def submit(self, user: User, reply: str) -> "Future[Reaction]":
         self.waiting.append((user, reply, Future()))

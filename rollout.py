@@ -82,7 +82,8 @@ class Dialogue:
         """The public SAGE schema, plus the fired rules, the thinking and how each turn ended."""
         profile = self.user.profile
         opening = self.user.messages[0] if self.user.messages else ""
-        history = [{"role": "user", "content": opening, "emotion-point": self.start}]
+        hinted = lambda message: {"hinted": True} if any(hint in message for hint in profile.hints) else {}
+        history = [{"role": "user", "content": opening, "emotion-point": self.start} | hinted(opening)]
         for turn in self.turns:
             said = {"role": "assistant", "content": turn.reply, "thinking": turn.thinking}
             history.append(said | {"stopped": turn.stopped})
@@ -90,8 +91,7 @@ class Dialogue:
                 appraisal = turn.reaction.appraisal
                 planning = {"change": appraisal.change, "fired": appraisal.fired} | appraisal.sections
                 message = {"role": "user", "content": turn.reaction.message, "emotion-point": turn.reaction.emotion}
-                hinted = any(hint in turn.reaction.message for hint in profile.hints)
-                history.append(message | {"planning": planning} | ({"hinted": True} if hinted else {}))
+                history.append(message | {"planning": planning} | hinted(turn.reaction.message))
         return {
             "id": profile.id,
             "emo_point": self.final_emotion,

@@ -25,7 +25,7 @@ import re
 import threading
 import zlib
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 # --- 1. Profiles ------------------------------------------------------------------------------------------------------
@@ -102,6 +102,21 @@ def load_profiles(path: str | Path, offline: bool = True) -> list[Profile]:
         Profile(**{k: tuple(row[k]) if isinstance(row[k], list) else row[k] for k in names if row[k] is not None})
         for row in rows
     ]
+
+
+HINTS = Path(__file__).parent / "data" / "hints.jsonl"
+
+
+def with_every_intention(profiles: list[Profile], path: Path = HINTS) -> list[Profile]:
+    """These, and each person again for every other hidden intention for which the file has hints: otherwise a policy learns by
+    heart who wants what, and need not listen."""
+    people, everyone = {profile.id: profile for profile in profiles}, list(profiles)
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["id"] in people:
+            wish = dict(task=INTENTIONS[row["intention"]], hints=tuple(row["hints"]))
+            everyone.append(replace(people[row["id"]], **wish))
+    return everyone
 
 
 def _check_record(record, where: str, offline: bool) -> None:
@@ -312,8 +327,12 @@ Origin: a first draft
 Change: what makes the draft sound more like this person talking
 Response: the message itself, and nothing after it
 """
-# The two difficulties differ in these lines and nowhere else (RLVER, section 2).
+# The difficulties differ in these lines and nowhere else (RLVER, section 2; `open`, the easiest, is ours).
 DIFFICULTY = {
+    "open": (
+        "5. General warmth and encouragement please this person a little, even beside the hidden intention.\n",
+        "- The person lets slip in every message what they need, without naming it.\n",
+    ),
     "vanilla": (
         "5. General warmth and encouragement please this person a little, even beside the hidden intention.\n",
         "- The person may hint at what they need.\n",

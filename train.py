@@ -17,9 +17,11 @@ Presets
 
 Deliberate deviations from the paper, laptop preset only
     - `delta` rewards without discount over turns (gamma 0): each reply is credited with the emotion change that it caused
-      itself. With 14 steps there is no time to find out which of several replies earned a final emotion.
-    - Sampling at temperature 0.8: at temperature 1 a 135M model writes noise. All log-probs are of that same policy.
-    - A cold start (sft.py), four turns in training, and a learning rate that falls to half.
+      itself. With 24 steps there is no time to find out which of several replies earned a final emotion.
+    - Advantages are not divided by the group's standard deviation: where all replies miss, what differs is noise.
+    - Sampling at temperature 0.9: at temperature 1 a 135M model writes noise. All log-probs are of that same policy.
+    - A cold start (sft.py), two turns in training, with users who hint from the first message on (`--difficulty open`); held-out
+      users hint only when a reply has missed, for nine turns.
 Held-out dialogues are sampled at --eval-temperature, 0.3 with both presets: training has to explore, an answer has not.
 """
 
@@ -34,6 +36,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 
 import psutil
@@ -65,11 +68,11 @@ from policy import (
     save_model,
     train_upper_layers,
 )
-from probes import draw_acts, guard
+from probes import draw_acts, found_out, guard
 from report import write_report
 from rollout import instructions, make_batch, rollout
 from sft import cold_start
-from simulator import RLVER, SAGE, Protocol, UserBroken, load_profiles, write_whole
+from simulator import RLVER, SAGE, Protocol, UserBroken, load_profiles, with_every_intention, write_whole
 from users import add_simulator_flags, make_simulator
 
 MOST_DROPPED = 0.5  # share of a step's dialogues whose user may break down
@@ -81,18 +84,20 @@ SETTINGS = {  # flag: its default per preset
     "cold_start": ("exchanges", "none"),
     "reward": ("delta", "terminal"),
     "gamma": (0.0, 1.0),
-    "steps": (14, 350),
-    "batch": (24, 32),
+    "steps": (24, 350),
+    "batch": (48, 32),
     "group": (6, 4),
-    "turns": (4, RLVER.turns),
-    "max_new_tokens": (28, 5000),
-    "temperature": (0.8, 1.0),
-    "lr": (2e-4, 1e-6),
+    "turns": (2, RLVER.turns),
+    "difficulty": ("open", "vanilla"),
+    "max_new_tokens": (24, 5000),
+    "temperature": (0.9, 1.0),
+    "std": (False, True),
+    "lr": (1e-4, 1e-6),
     "lr_end": (0.5, 1.0),
     "critic_lr": (1e-4, 5e-6),
-    "warmup": (2, 7),
+    "warmup": (1, 7),
     "kl": (0.0, 0.0),
-    "entropy": (0.01, 0.001),
+    "entropy": (0.0, 0.001),
     "train_layers": (20, None),
     "checkpointing": (False, True),
     "micro_tokens": (3000, 16384),
@@ -113,6 +118,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     add("--dtype", choices=tuple(DTYPES), help="to compute in (default: bfloat16 where this machine does it fast)")
     add_simulator_flags(parser)
+    parser.set_defaults(difficulty=None)  # a preset's; held-out users are vanilla ones always
     add("--reward", choices=("terminal", "delta", "mixed"), help="final emotion; change per turn; mean of both")
     add("--gamma", type=float, help="discount from one turn to the next")
     add("--lam", type=float, default=1.0, help="GAE lambda (PPO)")
@@ -122,7 +128,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--turns", type=int, help="replies per dialogue at most")
     add("--max-new-tokens", type=int, help="per reply, thinking included")
     add("--temperature", type=float, help="of sampling; log-probs are of the same distribution")
-    add("--eval-temperature", type=float, default=0.3, help="of held-out and validation dialogues; 0 is greedy")
+    add("--eval-temperature", type=float, default=0.7, help="of held-out and validation dialogues; 0 is greedy")
     add("--lr", type=float, help="of the policy")
     add("--lr-end", type=float, help="share of the learning rates that is left at the end (linear decay)")
     add("--critic-lr", type=float, help="of the critic (PPO)")
@@ -134,7 +140,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--entropy", type=float, help="coefficient of the entropy bonus")
     add("--epochs", type=int, default=1, help="passes over a batch")
     add("--max-grad-norm", type=float, default=1.0)
-    add("--no-std", action="store_true", help="GRPO advantages without division by the group's standard deviation")
+    add(
+        "--std", action=argparse.BooleanOptionalAction, help="GRPO: divide advantages by the group's standard deviation"
+    )
     add("--train-layers", type=int, help="train only this many upper layers")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations: less memory, more time")
     add("--slots", type=int, help="dialogues held at once per process (default: all, or as many as memory has room)")
@@ -218,7 +226,7 @@ def draw_curves(out: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    panels = ("emotion", "change_per_turn", "reply_tokens", "stopped", "entropy", "kl")
+    panels = ("emotion", "change_per_turn", "serves", "reply_tokens", "stopped", "entropy")
     figure = Figure(figsize=(12, 6), layout="constrained")
     for axis, name in zip(figure.subplots(2, 3).flat, panels):
         axis.plot([row["step"] for row in rows], [row.get(name) for row in rows], marker=".")
@@ -274,13 +282,17 @@ def peak_memory_gb() -> float:
 
 
 def draw_profiles(profiles, step: int, count: int, seed: int):
-    """The profiles of one step: the training set in an order shuffled anew each epoch. Depends on nothing but the arguments."""
+    """The profiles of one step: the training set in an order shuffled anew each epoch, the hidden intentions in turn, so that no
+    step rewards one act more than another. Depends on nothing but the arguments."""
     epoch, start = divmod(step * count, len(profiles))
     order = []
     while len(order) < start + count:
         shuffled = list(profiles)
         random.Random(f"{seed} {epoch}").shuffle(shuffled)
-        order += shuffled
+        by_task = {}
+        for profile in shuffled:
+            by_task.setdefault(profile.task, []).append(profile)
+        order += [profile for row in zip_longest(*by_task.values()) for profile in row if profile]
         epoch += 1
     return order[start : start + count]
 
@@ -297,6 +309,7 @@ def rollout_metrics(dialogues, reward: str) -> dict:
         "success": sum(emotion >= 100 for emotion in emotions) / len(emotions),
         "failure": sum(emotion < 10 for emotion in emotions) / len(emotions),
         "change_per_turn": sum(changes) / max(1, len(changes)),
+        "serves": found_out([dialogue.transcript() for dialogue in dialogues])["serves"],
         "reply_tokens": sum(len(turn.sampled_ids) for turn in turns) / len(turns),
         "stopped": sum(turn.stopped for turn in turns) / len(turns),
         "truncated": sum(not turn.stopped for turn in turns),
@@ -463,10 +476,11 @@ def load_models(args, device: str, dtype: torch.dtype, ranks: int, start: str = 
 def train(args) -> None:
     out = Path(args.out)
     offline = args.simulator == "offline"
-    train_profiles = load_profiles(args.train_profiles, offline)
+    persons = load_profiles(args.train_profiles, offline)
+    train_profiles = with_every_intention(persons)
     test_profiles = load_profiles(args.test_profiles, offline)
     validation_profiles = load_profiles(args.validation_profiles, offline)
-    make_simulator(args)  # a wrong flag ends the run before anything is written
+    make_simulator(args, args.difficulty)  # a wrong flag ends the run before anything is written
     if not args.resume and (out / "metrics.jsonl").exists():
         raise ValueError(f"--out {out}: holds a run already; choose another folder or go on with --resume")
     resumed = args.resume and (out / "trainer.pt").exists()  # a run killed before its first checkpoint begins anew
@@ -492,10 +506,11 @@ def train(args) -> None:
     start = args.model
     if args.cold_start != "none":
         with accelerator.main_process_first():  # the others find it made
-            start = str(cold_start(args.model, args.think, dtype, train_profiles, validation_profiles))
+            start = str(cold_start(args.model, args.think, args.train_layers, dtype, persons, validation_profiles))
     models = load_models(args, device, dtype, ranks, start)
     chat = Chat(models.tokenizer, instructions(args.think))
-    simulator = make_simulator(args, models.local_llm)
+    simulator = make_simulator(args, args.difficulty, models.local_llm)
+    test_simulator = make_simulator(args, "vanilla", models.local_llm)  # whatever it trains with: a score is SAGE's
     first_step = load_checkpoint(out, models) if resumed else 0
     if main_process:
         for name in ("metrics.jsonl", "transcripts.jsonl"):
@@ -516,7 +531,7 @@ def train(args) -> None:
     def held_out(sampler, profiles) -> list[dict]:
         mine = range(rank, len(profiles), ranks)
         seeds = [seed_of(args, -1, i) for i in mine]
-        held = evaluate(sampler, chat, simulator, [profiles[i] for i in mine], seeds, **testing)
+        held = evaluate(sampler, chat, test_simulator, [profiles[i] for i in mine], seeds, **testing)
         rows = gather_object([(i, dialogue.transcript()) for i, dialogue in zip(mine, held)])
         return [transcript for _, transcript in sorted(rows, key=lambda row: row[0])]
 
@@ -564,7 +579,7 @@ def train(args) -> None:
                 warm = min(1.0, (step + 1) / max(1, args.warmup))
                 group["lr"] = lr * warm * (1 - (1 - args.lr_end) * step / args.steps)
         if args.algo == "grpo":
-            settings = dict(per_turn=args.reward != "terminal", gamma=args.gamma, std=not args.no_std)
+            settings = dict(per_turn=args.reward != "terminal", gamma=args.gamma, std=args.std)
             all_advantages_N, flat_groups = grpo.group_advantages(batch, args.group, **settings)
             advantages_n = all_advantages_N[index_n]
             metrics = grpo.update(models.policy, models.reference, *models.optimizers, part, advantages_n, args)
@@ -586,7 +601,7 @@ def train(args) -> None:
             draw_curves(out)
             tqdm.write(
                 f"step {step:3d}  emotion {metrics['emotion']:5.1f}  change/turn {metrics['change_per_turn']:+5.2f}  "
-                f"reply {metrics['reply_tokens']:4.1f} tokens  stopped {metrics['stopped']:4.0%}  "
+                f"serves {metrics['serves']:3.0f}%  reply {metrics['reply_tokens']:4.1f} tokens  stopped {metrics['stopped']:4.0%}  "
                 f"entropy {metrics['entropy']:.2f}"
             )
         accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=step)

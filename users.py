@@ -28,10 +28,10 @@ def add_simulator_flags(parser: argparse.ArgumentParser) -> None:
     add("--difficulty", choices=tuple(DIFFICULTY), default="vanilla")
 
 
-def make_simulator(args, local_llm=None, adversarial: bool = False):
+def make_simulator(args, difficulty: str, local_llm=None, adversarial: bool = False):
     """The simulator that the flags name. `local_llm` plays the user with `--simulator self`. Raises ValueError."""
     if args.simulator == "offline":
-        return OfflineSimulator(load_reader(args.reader), args.difficulty, adversarial)
+        return OfflineSimulator(load_reader(args.reader), difficulty, adversarial)
     if args.simulator == "self":
         llm = local_llm
     elif not re.match(r"https?://", args.simulator):
@@ -46,7 +46,7 @@ def make_simulator(args, local_llm=None, adversarial: bool = False):
         raise ValueError("--simulator-concurrency must be at least 1")
     else:
         llm = ServerLLM(args.simulator, args.simulator_model, args.simulator_concurrency)
-    return PromptedSimulator(llm, args.difficulty, adversarial, args.simulator_cache)
+    return PromptedSimulator(llm, difficulty, adversarial, args.simulator_cache)
 
 
 def main(argv=None) -> int:
@@ -62,7 +62,7 @@ def main(argv=None) -> int:
             raise ValueError(f"--number {args.number}: {args.profiles} holds {len(profiles)} profiles")
         if args.simulator == "self":
             raise ValueError("--simulator self: here you are the policy; choose offline or a URL")
-        simulator = make_simulator(args, adversarial=args.user == "adversarial")
+        simulator = make_simulator(args, args.difficulty, adversarial=args.user == "adversarial")
         user = simulator.open(profiles[args.number - 1], SAGE.start).result()
         print(f"[{user.emotion:3d}] {user.messages[-1]}")
         for _ in range(SAGE.turns):

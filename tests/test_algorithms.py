@@ -180,6 +180,8 @@ def test_micro_batches_cover_everything_and_start_with_the_longest():
     assert sorted(row for group in groups for row in group) == [0, 1, 2, 3]
     longest = max(range(4), key=batch.sizes.get)
     assert longest in groups[0]
+    assert [sorted(members) for members, _ in micro_batches(batch, 10_000, 2)] == [[0, 1], [2, 3]], "one group each"
+    assert len(micro_batches(batch, 10_000)) == 1 and len(micro_batches(batch, 10, 2)) == 4
     assert common_prefix([[1, 2, 3], [1, 2], [1, 2, 4]]) == 2
 
 

@@ -145,7 +145,11 @@ def test_held_out_dialogues_have_their_own_temperature(tiny_folder, tmp_path, fe
     seen, real = [], train.evaluate
     monkeypatch.setattr(train, "evaluate", lambda *args, **kw: seen.append(kw["temperature"]) or real(*args, **kw))
     flags = ("--test-profiles", few_profiles, "--steps", 1, "--temperature", "0.9", "--eval-temperature", "0.2")
-    assert run(tiny_folder, tmp_path / "out", *flags) == 0 and seen == [0.2, 0.2]
+    assert run(tiny_folder, tmp_path / "out", *flags, "--difficulty", "challenging") == 0 and seen == [0.2, 0.2]
+    trained = [json.loads(line) for line in (tmp_path / "out" / "transcripts.jsonl").read_text().splitlines()]
+    assert {t["difficulty"] for t in trained} == {"challenging"}
+    held_out = json.loads((tmp_path / "out" / "after.json").read_text())
+    assert {t["difficulty"] for t in held_out} == {"vanilla"}, "a score is the same whatever the training"
 
 
 def test_a_finished_run_is_not_overwritten(tiny_folder, tmp_path, capsys):

@@ -357,7 +357,9 @@ def hints_in(user):
     return [sum(hint in message for hint in user.profile.hints) for message in user.messages]
 
 
-def test_only_vanilla_users_hint_and_only_after_what_displeases(profiles):
+def test_who_hints_when(profiles):
+    """Open users from the first message on and after all that displeases; vanilla ones after three quarters of it; challenging
+    ones never."""
     shares = []
     for profile in profiles:
         user, reactions = talk(profile, said("beside"), start=60)
@@ -367,6 +369,11 @@ def test_only_vanilla_users_hint_and_only_after_what_displeases(profiles):
         assert len({h for h in profile.hints for m in user.messages if h in m}) >= 1 + (sum(hints) > 3), "they vary"
         assert sum(hints_in(talk(profile, said("beside"), "challenging", start=60)[0])) == 0
         assert sum(hints_in(talk(profile, said(profile.intention), start=10)[0])) == 0, "pleased"
+        user, reactions = talk(profile, said("beside"), "open", start=60)
+        assert hints_in(user)[: len(reactions)] == [1] * len(reactions) and user.messages[0].startswith(
+            profile.first_talk
+        )
+        assert hints_in(talk(profile, said(profile.intention), "open", start=10)[0])[:3] == [1, 0, 0]
     assert 0.65 < sum(shares) / len(shares) < 0.85, "not always"
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import byte_tokenizer, metrics_of, tiny_model
+from conftest import ROOT, byte_tokenizer, metrics_of, tiny_model
 from stub import Stub
 from test_algorithms import make
 
@@ -20,11 +20,24 @@ import train
 from distributed import micro_batches
 from policy import Chat, Critic, Policy, checkpoint_activations, load_model, save_model
 from rollout import make_batch, rollout
-from simulator import INTENTIONS, RLVER, SAGE, Appraisal, Profile, Protocol, Reaction, User, done, next_emotion
+from simulator import (
+    INTENTIONS,
+    RLVER,
+    SAGE,
+    Appraisal,
+    Profile,
+    Protocol,
+    Reaction,
+    User,
+    done,
+    load_profiles,
+    next_emotion,
+    with_every_intention,
+)
 
 TEMPERATURE = 0.8
 ARGS = dict(epochs=1, micro_tokens=10_000, clip=0.2, value_clip=0.5, kl=0.1, entropy=0.01, gamma=0.7, lam=0.9,
-            max_grad_norm=1e9, importance_cap=2.0, lr=3e-4)  # fmt: skip
+            max_grad_norm=1e9, importance_cap=2.0, lr=3e-4, group=1)  # fmt: skip
 
 
 def sharp_model(seed=0):
@@ -329,6 +342,14 @@ def test_every_dialogue_has_its_own_seed_and_everybody_has_their_turn(ppo_run, g
     assert drawn[:6] != drawn[6:12] and other.rollouts[0][0] != drawn[:4]
     for people, *_ in grpo_run[0].rollouts:
         assert people[0] == people[1] != people[2] == people[3]
+
+
+def test_every_step_has_every_hidden_intention_equally_often():
+    everybody = with_every_intention(load_profiles(ROOT / "data" / "train_profiles.jsonl"))
+    for step in range(140):  # more than an epoch
+        drawn = train.draw_profiles(everybody, step, 8, seed=3)
+        assert {profile.intention for profile in drawn} == set(INTENTIONS)
+    assert train.draw_profiles(everybody, 5, 8, seed=3) != train.draw_profiles(everybody, 5, 8, seed=4)
 
 
 def test_training_is_by_its_protocol(ppo_run):
