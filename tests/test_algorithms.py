@@ -26,6 +26,7 @@ from rollout import Batch
 ARGS = SimpleNamespace(
     epochs=1, micro_tokens=64, temperature=0.8, clip=0.2, value_clip=0.5, kl=0.1, entropy=0.01, max_grad_norm=1e9, gamma=1.0, lam=0.95,
     importance_cap=2.0,
+    group=1,
 )  # fmt: skip
 
 

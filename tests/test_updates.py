@@ -321,7 +321,7 @@ def ppo_run(home, tmp_path_factory):
 @pytest.fixture(scope="module", params=["terminal", "mixed"])
 def grpo_run(request, home, tmp_path_factory):
     flags = "--algo grpo --group 2 --steps 2 --warmup 1 --lr-end 0.5 --gamma 0.5".split()
-    flags += ["--reward", request.param] + ["--no-std"] * (request.param == "terminal")
+    flags += ["--reward", request.param, "--no-std" if request.param == "terminal" else "--std"]
     return run(home, tmp_path_factory.mktemp("grpo") / "out", *flags), request.param
 
 
