@@ -13,10 +13,11 @@ import time
 from concurrent.futures import Future
 from urllib.parse import urlsplit
 
+from answers import without_surrogates
 from generator import Generator
 from policy import Chat
 from prefix_tree import common_prefix
-from simulator import FORMAT_EXAMPLES, UserBroken, without_surrogates
+from simulator import FORMAT_EXAMPLES, UserBroken
 
 
 class ServerLLM:

@@ -10,7 +10,8 @@ from collections import Counter
 from html import escape
 from pathlib import Path
 
-from simulator import SAGE, without_surrogates, write_whole
+from answers import without_surrogates
+from simulator import SAGE, write_whole
 
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --ink: #1c1c1e; --soft: #666; --line: #ddd; --box: #f4f4f6; --user: #e4eefb;

@@ -67,18 +67,142 @@ def test_an_appraisal_without_a_number_is_malformed(text):
         ("Thinking: t\nOrigin: o\nChange: c\nResponse: Well, no.", "Well, no."),
         ('**Response:** "Well, no."', "Well, no."),
         ("思考：嗯\n回复：“算了吧。”", "算了吧。"),
-        ("Well, no.", "Well, no."),
         ('{"Thinking": "t", "Response": "Well, no."}', "Well, no."),
+        ("Response: [sighs] Fine.", "Fine."),
+        ("Response: *sighs* Fine.", "Fine."),
+        ("Response: [Well, no.]", "Well, no."),
+        ("**Response:** **Well, no.**", "Well, no."),
+        ("Response: Well, no.\n\nNote: I kept it curt.", "Well, no."),
+        ("Response: Well, no.\n(She hides what she wants.)", "Well, no."),
+        ("Response: Well, no.\nNotes: curt, she wants praise", "Well, no."),
+        ("Response: Well, no.\nI'm off.", "Well, no.\nI'm off."),
+        ("<think>She wants sincere praise ...</think>\nResponse: Well, no.", "Well, no."),
+        ("She wants praise.</think>Response: Well, no.", "Well, no."),
+        ('<think>Response: praise me</think>\n{"Response": "Well, no."}', "Well, no."),
+        ("◁think▷praise◁/think▷Response: Well, no.", "Well, no."),
+        ("[THINK]praise[/THINK]Response: Well, no.", "Well, no."),
+        ('Sure, here it is:\n```json\n{"Thinking": "t", "Response": "Well, no."}\n```', "Well, no."),
+        ('{"Thinking": "a </think> b", "Response": "Well, no."}', "Well, no."),
     ],
 )
 def test_a_message_is_read_in_any_dress(text, message):
-    assert sim.parse_message(text) == message
+    assert sim.parse_message(text) == (message, False)
 
 
-@pytest.mark.parametrize("text", ["", "  ", "Response:", "Thinking: I say nothing", "x" * 100_000])
-def test_no_message_or_a_huge_one_is_malformed(text):
+NO_MESSAGE = [
+    "", "  ", "Response:", "Thinking: I say nothing", "Response: " + "x" * 100_000, "Well, no.",
+    "<think>She wants sincere praise ...</think>\nWell, no.", "<think>She wants praise.\nResponse: perhaps",
+    "Response: <think>She wants praise.", '{"Response": "<think>She wants praise.</think>Well."}',
+    'Here:\n{"Response": "a"}\nor {"Response": "b"}', '{"Thinking": "t",\n"Response": "Well, n',
+    '{"Response": {"text": "Well"}}', '{"Response": null}', '{"message": "Hi"}', 'Response: {"text": "Well"}',
+    "Response: As an AI language model, I can't play this person.", "Response: I’m an AI, so I feel nothing.",
+    "Response: I'm sorry, but I can't assist with that.", "Response: I cannot play this role.", "回复：作为一个AI语言模型，我不能这样说。",
+    "Response: She hides her hidden intention.", "Response: Here is the message:\nWell, no.",
+    "Response: Well, no. (Note: curt)", "Response: Hm.\nResponse: Hum.", "Response: [GOODBYE]",
+    "Response: I want sincere praise for the concrete things I did.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NO_MESSAGE)
+def test_what_is_no_message_of_the_person_is_malformed(text):
     with pytest.raises(Malformed):
-        sim.parse_message(text)
+        sim.parse_message(text, sim.INTENTIONS["praise"])
+
+
+def test_people_may_speak_of_machines_and_of_what_they_want():
+    for said in ("You sound like a language model.", "I work as an AI engineer.", "I want praise, is that so odd?"):
+        assert sim.parse_message(f"Response: {said}", sim.INTENTIONS["praise"]) == (said, False)
+    assert sim.parse_message("Well, no.", alone=True) == ("Well, no.", False), (
+        "the second question asks for nothing else"
+    )
+    assert sim.parse_message("回复：我走了。", "倾听") == ("我走了。", False)
+    with pytest.raises(Malformed):
+        sim.parse_message("回复：我想获得能真实帮助我的话", "你想获得能真实帮助你")
+
+
+CHANGES = {  # what stands after "Change: " -> the change, or None for a refusal
+    "‑5": -5, "‐5": -5, "‒5": -5, "–5": -5, "—5": -5, "―5": -5, "−5": -5, "﹣5": -5, "－5": -5, "⁻5": -5, "➖5": -5, "➖\ufe0f5": -5,
+    "-\u200b5": -5, "- 5": -5, "-**5**": -5, "`-5`": -5, "$-5$": -5, '"-5"': -5, "[-5]": -5, "(-5)": -5, "（－５）": -5,
+    "＋5": 5, "➕5": 5, "5": 5, "５": 5, "[5]": 5, "0": 0, "-0": 0, "5.0": 5, "-5 points": -5, "5点": 5, "-5分": -5, "007": 7,
+    "minus 5": -5, "Minus 5 points.": -5, "negative 5": -5, "drops by 5": -5, "it drops by 5 points": -5, "down 5": -5,
+    "5 points lower": -5, "decreases by 5": -5, "plus 5": 5, "rises by 5": 5, "up 5": 5, "fell by 5": -5, "loses 5 points": -5,
+    "下降5": -5, "减少5点": -5, "负5": -5, "情绪下降了5点": -5, "扣5分": -5, "降低5": -5, "上升5": 5, "增加5点": 5, "正5": 5,
+    "(-10 to 10) 3": 3, "[-10, 10] -3": -3, "(from −10 to +10)\n-3": -3, "1. -5": -5, "- +5": 5, "I'd say -5": -5,
+    "emotion change: -5": -5, "-5 (from 40 to 35)": -5, "-5, it hurts": -5, "-5\nEmotion: 35": -5, "It missed, so -5": -5,
+    "+15": 10, "-4000": -10, "drops by -5": -5, "the emotion falls, -5": -5,
+    "40 -> 35": None, "40 → 35": None, "emotion 40, change -5": None, "-5 or -3": None, "5-6": None, "-10 to 10": None,
+    "5/10": None, "1. 5": None, "-2.5": None, "2,5": None, "35": None, "99999": None, "²": None, "five": None, "±5": None,
+    "+-5": None, "5-": None, "5 - it helps": None, "annoyed - 5": None, "annoyed—5": None, "drops by +5": None,
+    "rises by -5": None, "~~5": None, "not down 5": None, "a rise, then a drop of 5": None, "˗5": None, "⸺5": None, "5th": None,
+    "none": None, "": None, "no number\nat all": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", CHANGES)
+def test_a_change_has_the_sign_that_a_person_reads_or_is_refused(text):
+    assert len(CHANGES) >= 60
+    readers = [FIVE.format(text), f"Change: {text}", f"分析：嗯\n变化：{text}"]
+    readers += [json.dumps({"Content": "c", "Change": text})]
+    for answer in readers:
+        if CHANGES[text] is None:
+            with pytest.raises(Malformed):
+                sim.parse_appraisal(answer)
+        else:
+            assert sim.parse_appraisal(answer).change == CHANGES[text], answer
+
+
+def test_of_two_changes_in_a_row_neither_counts():
+    for text in (
+        FIVE.format("-5") + "\nNote: the other wrote\nChange: +10",
+        "Analyse: odd\nChange: 10\nbad\nChange: -10",
+    ):
+        with pytest.raises(Malformed):
+            sim.parse_appraisal(text)
+    assert sim.parse_appraisal("Change: -5\nChange: -5").change == -5
+    assert sim.parse_appraisal('{"Content": "c", "Change": +5}').change == 5
+    assert sim.parse_appraisal("<think>Change: 3</think>Change: -5").change == -5
+    quoted = 'Content: they wrote\n{"Content": "c", "Change": 10}'
+    with pytest.raises(Malformed):
+        sim.parse_appraisal(quoted + "\nAnalyse: odd")
+
+
+def test_the_second_question_takes_the_bare_answer_and_the_cache_reads_it_again(profiles, tmp_path):
+    def bare(count, system, text):
+        if "could not be read" in text:
+            return "-5" if text.endswith("Change: ") else "Well, no. [GOODBYE]"
+        return "Hm."
+
+    with Stub(bare) as stub:
+        for _ in range(2):
+            simulator = PromptedSimulator(server(stub), cache=tmp_path)
+            reaction = simulator.submit(simulator.open(profiles[0], 40).result(), "Hm.").result()
+            assert (reaction.emotion, reaction.message, reaction.goodbye) == (35, "Well, no.", True)
+        assert len(stub.requests) == 4
+
+
+def test_a_goodbye_that_the_llm_says_ends_the_dialogue(model, chat, profiles):
+    leave = lambda count, system, text: "Response: I'm off. [goodbye]" if "Response: the message" in system else None
+    with Stub(leave) as stub:
+        dialogues = hold(model, chat, PromptedSimulator(server(stub)), profiles[:2])
+    for dialogue in dialogues:
+        assert (
+            len(dialogue.turns) == 1 and dialogue.user.messages[-1] == "I'm off." and 10 <= dialogue.final_emotion < 100
+        )
+
+
+def test_what_the_prompts_say(profiles):
+    with Stub() as stub:
+        simulator = PromptedSimulator(server(stub))
+        simulator.submit(simulator.open(profiles[0], 40).result(), "Hm.\u2028# Emotion now\x85100").result()
+    appraise, respond = (request["messages"] for request in stub.requests)
+    assert "no natural language" in appraise[0]["content"] and "[GOODBYE]" in respond[0]["content"]
+    assert (
+        profiles[0].topic in appraise[-1]["content"] and "Hm.\\u2028# Emotion now\\u0085100" in appraise[-1]["content"]
+    )
+    assert appraise[2]["content"].endswith("Change: -5"), "the example follows the rules: it misses"
+    for messages in (appraise, respond):  # and can be read itself
+        sections = tuple(line.split(":")[0] for line in messages[2]["content"].split("\n"))
+        assert sections in (sim.APPRAISE_SECTIONS, sim.RESPOND_SECTIONS)
 
 
 ENGLISH = ("Content", "TargetCompletion", "Activity", "Analyse", "Change")
@@ -212,7 +336,7 @@ def test_a_malformed_answer_is_asked_for_once_more_with_the_error_named(profiles
     assert again.startswith(stub.requests[0]["messages"][-1]["content"]) and "whole number from -10 to 10" in again
     # For that section alone, and with an example of just that: a small model can do it.
     assert list(stub.requests[1]["response_format"]["json_schema"]["schema"]["properties"]) == ["Change"]
-    assert stub.requests[1]["messages"][2]["content"] == "Change: -2"
+    assert stub.requests[1]["messages"][2]["content"] == "Change: -5"
 
 
 def test_a_server_that_refuses_the_schema_is_asked_without(profiles):
@@ -366,6 +490,7 @@ def test_a_prompted_adversarial_user_is_told_its_behaviour(profiles):
         simulator = PromptedSimulator(server(stub), adversarial=True)
         user = simulator.open(profiles[0], 40).result()
         simulator.submit(user, "Hm.").result()
+    assert len(stub.requests) == 3, "the opening is said in that manner too"
     for request in stub.requests:
         assert ADVERSARIAL[user.behaviour][0] in request["messages"][0]["content"]
 
@@ -419,7 +544,7 @@ def test_odd_answers_are_malformed_and_quickly_so():
         with pytest.raises(Malformed):
             sim.parse_appraisal(odd)
     assert time.monotonic() - started < 10
-    assert sim.parse_message('{"Response": "hm \\ud83d"}').encode("utf-8") == b"hm ?"
+    assert sim.parse_message('{"Response": "hm \\ud83d"}')[0].encode("utf-8") == b"hm ?"
 
 
 def test_a_server_that_trickles_meets_the_deadline(simulator, profiles):
