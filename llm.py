@@ -20,76 +20,121 @@ from prefix_tree import common_prefix
 from simulator import FORMAT_EXAMPLES, UserBroken
 
 
+def in_thread(work, *args) -> Future:
+    """`work(*args)` in a daemon thread: the end of the program waits for no server."""
+    future = Future()
+
+    def run():
+        try:
+            future.set_result(work(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
 class ServerLLM:
-    """An OpenAI-compatible server. Every call is bounded in time, size and attempts; different dialogues run concurrently.
+    """An OpenAI-compatible server. Every call is bounded in time, size and attempts, and a user's whole turn in time;
+    different dialogues run concurrently.
 
     The key comes from RLVER_API_KEY, or for OpenAI itself OPENAI_API_KEY, and goes nowhere but into the request's header.
     """
 
     RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+    OPTIONAL = ("response_format", "temperature", "max_tokens")  # fields that some servers refuse
 
-    def __init__(self, url, model, concurrency=32, timeout=60.0, attempts=5, longest_wait=60.0, temperature=0.0):
+    def __init__(
+        self, url, model, concurrency=32, timeout=60.0, attempts=5, longest_wait=60.0, temperature=0.0, turn_timeout=300.0,
+    ):  # fmt: skip
         self.url, self.model, self.temperature = url.rstrip("/"), model, temperature
         self.timeout, self.attempts, self.longest_wait = timeout, attempts, longest_wait
         self.name = f"{self.url} {model} {temperature}"
-        self.takes_schema = True  # until the server says otherwise
+        self.turn_timeout = turn_timeout
+        self.refused = set()  # of OPTIONAL, by this server
         self.slots = threading.Semaphore(concurrency)
 
     def start(self, steps) -> Future:
-        future = Future()
+        return in_thread(self._run, steps)
 
-        def run():
-            answer = None
-            with self.slots:
-                try:
-                    while True:
-                        answer = self.answer(*steps.send(answer))
-                except StopIteration as end:
-                    future.set_result(end.value)
-                except BaseException as error:
-                    future.set_exception(error)
-
-        threading.Thread(target=run, daemon=True).start()  # a daemon: the end of the program waits for no server
-        return future
+    def _run(self, steps):
+        answer = None
+        with self.slots:
+            deadline = time.monotonic() + self.turn_timeout
+            try:
+                while True:
+                    answer = self.answer(*steps.send(answer), deadline=deadline)
+            except StopIteration as end:
+                return end.value
 
     def work(self) -> None:
         pass  # the threads do
 
-    def answer(self, system: str, text: str, sections: tuple[str, ...], integers: tuple[str, ...] = ()) -> str:
-        """Ask until an answer comes; raise UserBroken after `attempts` failures or at once where asking again is useless.
-        `integers` are the sections that are whole numbers, beside an appraisal's Change."""
-        example = zip(("user", "assistant"), FORMAT_EXAMPLES.get(sections, ()))
-        turns = [("system", system), *example, ("user", text)]
+    def answer(
+        self, system: str, text: str, sections: tuple[str, ...], integers: tuple[str, ...] = (), deadline: float = 0.0
+    ) -> str:
+        """Ask until an answer comes; raise UserBroken at the deadline, after `attempts` failures, or at once where asking again
+        is useless. `integers` are the sections that are whole numbers, beside an appraisal's Change."""
+        deadline = deadline or time.monotonic() + self.turn_timeout
+        body = self._body(system, text, sections, integers)
+        dropped, too_long, reason = set(), None, "no time left"
         for attempt in range(self.attempts):
-            body = {"model": self.model, "temperature": self.temperature, "max_tokens": 512}
-            body["messages"] = [{"role": role, "content": content} for role, content in turns]
-            with_schema = self.takes_schema
-            if with_schema:
-                whole = lambda name: name in integers or sections[-1] == name == "Change"
-                kinds = {name: {"type": "integer" if whole(name) else "string"} for name in sections}
-                schema = {"type": "object", "properties": kinds, "required": list(sections)}
-                schema = {"name": "user", "schema": schema | {"additionalProperties": False}, "strict": True}
-                body["response_format"] = {"type": "json_schema", "json_schema": schema}
-            reason, wait = "", 0.5 * 2**attempt * (1 + random.random())  # exponential back-off with jitter
+            for name in self.refused | dropped:
+                body.pop(name, None)
+            wait = 0.5 * 2**attempt * (1 + random.random())  # exponential back-off with jitter
             try:
-                status, headers, content = self._post(body)
+                status, headers, content = self._post_within(body, min(self.timeout, deadline - time.monotonic()))
                 if status == 200:
-                    return without_surrogates(json.loads(content)["choices"][0]["message"]["content"] or "")
-                reason = f"HTTP {status}"
-                if status in (400, 422) and with_schema:
-                    self.takes_schema = False  # perhaps it was the schema: once more without
-                    continue
-                if status not in self.RETRIED:
-                    break
-                if re.fullmatch(r"\d+(\.\d+)?", headers.get("Retry-After", "")):
-                    wait = float(headers["Retry-After"])
+                    choice = json.loads(content)["choices"][0]
+                    answer = without_surrogates(choice["message"]["content"] or "")
+                    if choice.get("finish_reason") != "length":
+                        self.refused |= set() if too_long else dropped  # it was them: the next question goes without
+                        return answer
+                    reason = f"an answer cut at {body.get('max_tokens', 'most')} tokens"
+                    if body.get("max_tokens") != 512:
+                        break
+                    body["max_tokens"], wait = 2048, 0.0  # a model that thinks before it answers
+                else:
+                    reason = f"HTTP {status}"
+                    doubtful = self._doubtful(body, content) if status in (400, 422) else set()
+                    if not doubtful and status not in self.RETRIED:
+                        break
+                    dropped, wait = dropped | doubtful, 0.0 if doubtful else wait
+                    too_long = too_long or re.search(rb"context|too (long|large|many)", content, re.I)
+                    if re.fullmatch(r"\d+(\.\d+)?", headers.get("Retry-After", "")):
+                        wait = float(headers["Retry-After"])
             except OSError as error:  # requests' errors are OSErrors: refused, reset, timed out, no such address
                 reason = type(error).__name__
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 reason = "an answer that is no chat completion"
+            if time.monotonic() >= deadline:
+                break
             if attempt + 1 < self.attempts:
-                time.sleep(min(wait, self.longest_wait))
+                time.sleep(max(0.0, min(wait, self.longest_wait, deadline - time.monotonic())))
         raise UserBroken(f"{self.url}: {reason} (after {attempt + 1} attempts)")
+
+    def _body(self, system: str, text: str, sections: tuple[str, ...], integers: tuple[str, ...]) -> dict:
+        example = zip(("user", "assistant"), FORMAT_EXAMPLES.get(sections, ()))
+        turns = [("system", system), *example, ("user", text)]
+        body = {"model": self.model, "temperature": self.temperature, "max_tokens": 512}
+        body["messages"] = [{"role": role, "content": content} for role, content in turns]
+        whole = lambda name: name in integers or sections[-1] == name == "Change"
+        kinds = {name: {"type": "integer" if whole(name) else "string"} for name in sections}
+        schema = {"type": "object", "properties": kinds, "required": list(sections), "additionalProperties": False}
+        schema = {"name": "user", "schema": schema, "strict": True}
+        return body | {"response_format": {"type": "json_schema", "json_schema": schema}}
+
+    def _doubtful(self, body: dict, content: bytes) -> set[str]:
+        """The fields that may be why the server refuses this request: those it names, or else the schema."""
+        there = {name for name in self.OPTIONAL if name in body}
+        return {name for name in there if name.encode() in content} or there & {"response_format"}
+
+    def _post_within(self, body: dict, seconds: float):
+        """`_post`, given up after so long whatever the network does: headers in a trickle renew a socket's time-out for ever.
+        The thread that is left ends with its connection; nobody hears it."""
+        if seconds <= 0:
+            raise TimeoutError
+        return in_thread(self._post, body).result(timeout=seconds)
 
     def _post(self, body: dict, most_bytes: int = 2**18):
         import requests
@@ -98,7 +143,7 @@ class ServerLLM:
         key = os.environ.get("RLVER_API_KEY") or (openai and os.environ.get("OPENAI_API_KEY"))
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         deadline = time.monotonic() + self.timeout
-        settings = dict(json=body, headers=headers, timeout=self.timeout, stream=True)
+        settings = dict(json=body, headers=headers, timeout=self.timeout, stream=True, allow_redirects=False)
         with requests.post(f"{self.url}/chat/completions", **settings) as response:
             content = b""
             while piece := response.raw.read1(2**16, decode_content=True):  # what has come: a trickle ends in time too

@@ -1,7 +1,9 @@
 """The prompted user: parsing, failures, cache, the model as its own user, adversarial users, verification."""
 
+import contextlib
 import json
 import re
+import socket
 import threading
 import time
 
@@ -345,6 +347,71 @@ def test_a_server_that_refuses_the_schema_is_asked_without(profiles):
             simulator = PromptedSimulator(server(stub))
             simulator.submit(simulator.open(profiles[0], 40).result(), "Hm.").result()
         assert ("response_format" in stub.requests[-1]) == takes
+
+
+def test_a_long_prompt_turns_nothing_off(profiles):
+    too_long = (400, {}, b"'max_tokens' is too large: the maximum context length is 4096", 0)
+    with Stub(lambda count, system, text: too_long if "LONG" in text else None) as stub:
+        llm = server(stub)
+        with pytest.raises(UserBroken, match="HTTP 400"):
+            llm.answer("s", "LONG", sim.APPRAISE_SECTIONS)
+        llm.answer("s", "short", sim.APPRAISE_SECTIONS)
+    assert {"response_format", "max_tokens"} <= set(stub.requests[-1]) and len(stub.requests) <= 4
+
+
+def test_a_server_that_refuses_a_field_is_asked_without(profiles):
+    with Stub() as stub:
+        refused = (400, {}, b"unsupported: max_tokens", 0)
+        stub.fault = lambda count, system, text: refused if "max_tokens" in stub.requests[-1] else None
+        llm = server(stub)
+        for _ in range(2):
+            llm.answer("s", "t", sim.APPRAISE_SECTIONS)
+    assert ["max_tokens" in request for request in stub.requests] == [True, False, False]
+    assert all("response_format" in request for request in stub.requests)
+
+
+def completion(text, reason):
+    return json.dumps({"choices": [{"message": {"content": text}, "finish_reason": reason}]}).encode()
+
+
+def test_an_answer_cut_at_the_token_limit_is_none():
+    cut = (200, {}, completion(FIVE.format("-1"), "length"), 0)
+    whole = (200, {}, completion(FIVE.format("-10"), "stop"), 0)
+    with Stub(lambda count, system, text: cut if count == 1 else whole) as stub:
+        assert server(stub).answer("s", "t", sim.APPRAISE_SECTIONS).endswith("-10")
+    assert stub.requests[1]["max_tokens"] > stub.requests[0]["max_tokens"]
+    with Stub(lambda count, system, text: cut) as stub, pytest.raises(UserBroken, match="cut at"):
+        server(stub).answer("s", "t", sim.APPRAISE_SECTIONS)
+    assert len(stub.requests) == 2
+
+
+@pytest.mark.parametrize("drip", [b"X-Slow: 1\r\n", b"HTTP/1.1 100 Continue\r\n\r\n", b" "])
+def test_no_network_stretches_a_turn(drip, simulator, profiles):
+    listener = socket.create_server(("127.0.0.1", 0))
+    stop = threading.Event()
+
+    def serve(connection):
+        with contextlib.suppress(OSError), connection:
+            connection.sendall(b"HTTP/1.1 200 OK\r\n" if drip.startswith(b"X") else b"")
+            while not stop.wait(0.05):
+                connection.sendall(drip)
+
+    def accept():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    llm = ServerLLM(url, "m", concurrency=1, timeout=0.5, attempts=9, longest_wait=0.1, turn_timeout=1.0)
+    users = [simulator.open(profile, 40).result() for profile in profiles[:2]]
+    started = time.monotonic()
+    for future in [PromptedSimulator(llm).submit(user, "Hm.") for user in users]:  # the slot becomes free as well
+        with pytest.raises(UserBroken):
+            future.result(timeout=10)
+    assert time.monotonic() - started < 5 and all(not user.replies for user in users)
+    stop.set()
+    listener.close()
 
 
 def test_retry_after_is_waited_for(profiles):
