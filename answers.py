@@ -68,7 +68,7 @@ def quoted(said) -> str:
 def split_sections(text: str, alone: str = "") -> dict[str, str]:
     """Headings -> text below them, from JSON or from text in whatever dress: bold, brackets, full-width colons, Chinese.
 
-    Of a heading that comes twice the last one counts (the first may be quoted), but of two in a row neither does. `alone` is
+    Of a heading that comes twice the last one counts (the first may be quoted); of two in a row that differ, neither. `alone` is
     the section that a text without any heading is. split_sections("**Change**：+5") -> {"Change": "+5"}
     """
     if not text.lstrip().startswith("{"):

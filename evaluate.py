@@ -48,6 +48,7 @@ from users import add_simulator_flags, make_simulator
 # The environment with its prompts, the policy's prompt, its sampling.
 CODE = (
     "simulator.py",
+    "answers.py",
     "offline_user.py",
     "reader.py",
     "llm.py",
