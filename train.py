@@ -22,7 +22,7 @@ Deliberate deviations from the paper, laptop preset only
     - Sampling at temperature 0.9: at temperature 1 a 135M model writes noise. All log-probs are of that same policy.
     - A cold start (sft.py), two turns in training, with users who hint from the first message on (`--difficulty open`); held-out
       users hint only when a reply has missed, for nine turns.
-Held-out dialogues are sampled at --eval-temperature, 0.3 with both presets: training has to explore, an answer has not.
+Held-out dialogues are with `vanilla` users and sampled at --eval-temperature, 0.7 with both presets.
 """
 
 import argparse

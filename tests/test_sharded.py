@@ -63,7 +63,7 @@ def test_two_ranks_equal_one_process(flags, dtype, ragged_folder, tmp_path):
         run(ragged_folder, tmp_path / "one", *flags)
         run(ragged_folder, tmp_path / "two", *flags, ranks=2)
     one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
-    assert one[0]["reply_tokens"] == two[0]["reply_tokens"] != int(one[0]["reply_tokens"]), "uneven replies"
+    assert one[0]["reply_tokens"] == two[0]["reply_tokens"] and 0 < one[0]["stopped"] < 1, "uneven replies"
     same_draws = (
         len(one) if dtype == "float32" else 1
     )  # then weights that differ in the last digit may draw another token
