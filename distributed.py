@@ -48,8 +48,9 @@ def clip_gradients(module, most: float) -> float:
 
 def micro_batches(batch, max_tokens: int, group_size: int = 1) -> list[tuple[list[int], float]]:
     """(dialogues, weight) in micro-batches of at most `max_tokens` tokens; the longest first, so that memory runs out at once or
-    never. With groups of dialogues that begin alike, a micro-batch holds one group, and its opening is computed once. Sharded
-    ranks must make the same number of passes: one that has fewer adds some of weight 0."""
+    never. With groups of dialogues that begin alike, a micro-batch holds dialogues of one group, whose opening is computed once;
+    then the longest of a group come first, and groups in order. Sharded ranks must make the same number of passes: one that has
+    fewer adds some of weight 0."""
     group_of = lambda dialogue: dialogue // group_size if group_size > 1 else 0
     groups, tokens = [], 0
     for dialogue, size in sorted(batch.sizes.items(), key=lambda item: (group_of(item[0]), -item[1])):

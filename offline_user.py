@@ -146,11 +146,8 @@ def appraisal_of(user: User, found: list[str], reading: dict[str, int]) -> Appra
 WORDS_FILE = Path(__file__).parent / "data" / "words.json"
 WORDS = json.loads(WORDS_FILE.read_text(encoding="utf-8"))
 PLEASED, DISPLEASED, THANKS, FAREWELL = (WORDS[kind] for kind in ("pleased", "displeased", "thanks", "farewell"))
-HINTS_GIVEN = {
-    "open": 1.0,
-    "vanilla": 0.75,
-    "challenging": 0.0,
-}  # share of displeased messages that hint at what they came for
+# Share of displeased messages that hint at what they came for; an open user's first message does too.
+HINTS_GIVEN = {"open": 1.0, "vanilla": 0.75, "challenging": 0.0}
 
 
 def next_fact(user: User, reply: str) -> str:

@@ -192,7 +192,7 @@ def fit(path: Path, layer: int, judge: bool, made: float = 0.4) -> None:
             f"{name:12} acts right {row['acts right']} %, good from bad {row['good from bad']} %, of {row['replies']} replies"
         )
     save_reader(path, SMOLLM2, layer, head)
-    print(f"written: {path} ({path.stat().st_size / 1e3:.0f} kB), {time.perf_counter() - started:.0f} s")
+    print(f"written: {path.name} ({path.stat().st_size / 1e3:.0f} kB), {time.perf_counter() - started:.0f} s")
 
 
 def judged_by_strangers(path: Path) -> None:

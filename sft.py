@@ -1,6 +1,7 @@
 """The cold start: a few minutes of supervised learning on written exchanges, before any reward.
 
-    data/exchanges.jsonl, data/hints.jsonl -> what was said, a hint, the reply that it asks for -> maximise their log-probs -> the initial policy
+    data/exchanges.jsonl, data/hints.jsonl -> what was said, a hint, the reply that it asks for
+                                           -> maximise the replies' log-probs -> the initial policy
 
 The paper starts from Qwen2.5-7B-Instruct, which can hold such a talk already; SmolLM2-135M cannot, and what is never sampled is
 never rewarded. Every training person is here with every hidden intention (data/hints.jsonl), or the model would learn by heart who
@@ -10,6 +11,7 @@ wants what. Persons and authors that the reader holds out are not trained on. Th
 import hashlib
 import json
 import random
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from tqdm import tqdm
 
 from distributed import clip_gradients, micro_batches
 from exchanges import EXCHANGES, HELD_OUT_AUTHORS, Exchange, load_exchanges
-from offline_user import DISPLEASED, PLEASED
+from offline_user import DISPLEASED, PLEASED, WORDS_FILE
 from policy import Chat, Policy, cache_folder, load_model, save_model, train_upper_layers
 from rollout import Dialogue, Turn, instructions, make_batch, next_prompt
 from simulator import HINTS, RLVER, Appraisal, Profile, Reaction, User, with_every_intention, write_whole
@@ -29,10 +31,10 @@ HINTED = 0.8  # share of replies before which the person hints at what the reply
 
 def written_dialogues(profiles: list[Profile], chat: Chat, think: bool, seed: int = 0) -> list[Dialogue]:
     """One dialogue with each person, of the good, short replies of data/exchanges.jsonl."""
-    rng, replies_of = random.Random(seed), {profile.id: [] for profile in profiles}
+    rng, replies_of = random.Random(seed), defaultdict(list)
     for e in load_exchanges():
         if e.author not in HELD_OUT_AUTHORS and e.grade >= 2 and len(e.reply.split()) <= LONGEST:
-            replies_of.setdefault(e.id, []).append(e)
+            replies_of[e.id].append(e)
     hints = {(profile.id, profile.intention): profile.hints for profile in with_every_intention(profiles)}
     return [written_dialogue(p, replies_of[p.id], hints, chat, think, rng) for p in profiles if replies_of[p.id]]
 
@@ -99,6 +101,7 @@ def cold_start(
     parts = [
         EXCHANGES.read_bytes(),
         HINTS.read_bytes(),
+        WORDS_FILE.read_bytes(),
         *(here.joinpath(f"{name}.py").read_bytes() for name in ("sft", "policy", "rollout", "prefix_tree")),
     ]
     parts += [repr((model, think, layers, dtype, torch.__version__, profiles)).encode()]
