@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from offline_user import DISPLEASED, PLEASED
+from offline_user import DISPLEASED
 from simulator import INTENTIONS, Profile
 
 DATA = Path(__file__).parent / "data"
@@ -70,10 +70,10 @@ def said_before(exchange: Exchange, profile: Profile, rng: random.Random) -> tup
     if exchange.turn == 0:
         return (story[0],)
     pleased = rng.random() < 1 / 3
-    words = [rng.choice((PLEASED if pleased else DISPLEASED)[profile.main_cha])]
+    words = [rng.choice(profile.pleased if pleased else DISPLEASED[profile.main_cha]), story[exchange.turn]]
     if not pleased and rng.random() < 0.6:
         words.append(rng.choice(profile.hints))
-    return story[exchange.turn - 1], " ".join([*words, story[exchange.turn]])
+    return story[exchange.turn - 1], " ".join(words)
 
 
 def shares_of(exchange: Exchange) -> dict[str, float]:

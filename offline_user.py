@@ -142,10 +142,10 @@ def appraisal_of(user: User, found: list[str], reading: dict[str, int]) -> Appra
 
 # --- 4. Next message --------------------------------------------------------------------------------------------------
 
-# What they say first, by how the reply landed; at the end, content or not. By character.
+# What they say first when a reply has missed; at the end, content or not. By character.
 WORDS_FILE = Path(__file__).parent / "data" / "words.json"
 WORDS = json.loads(WORDS_FILE.read_text(encoding="utf-8"))
-PLEASED, DISPLEASED, THANKS, FAREWELL = (WORDS[kind] for kind in ("pleased", "displeased", "thanks", "farewell"))
+DISPLEASED, THANKS, FAREWELL = (WORDS[kind] for kind in ("displeased", "thanks", "farewell"))
 # Share of displeased messages that hint at what they came for; an open user's first message does too.
 HINTS_GIVEN = {"open": 1.0, "vanilla": 0.75, "challenging": 0.0}
 
@@ -165,7 +165,7 @@ def next_message(user: User, reply: str, change: int) -> str:
     if state in "SF":
         return (THANKS if state == "S" else FAREWELL)[profile.main_cha]
     rng = random.Random(f"{profile.id} {turn}")
-    parts = [rng.choice((PLEASED if change > 0 else DISPLEASED)[profile.main_cha])]
+    parts = [rng.choice(profile.pleased if change > 0 else DISPLEASED[profile.main_cha])]
     if user.behaviour:
         lines = ADVERSARIAL[user.behaviour][1]
         parts.append(lines[turn % len(lines)])

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from distributed import clip_gradients, micro_batches
 from exchanges import EXCHANGES, HELD_OUT_AUTHORS, Exchange, load_exchanges
-from offline_user import DISPLEASED, PLEASED, WORDS_FILE
+from offline_user import DISPLEASED, WORDS_FILE
 from policy import Chat, Policy, cache_folder, load_model, save_model, train_upper_layers
 from rollout import Dialogue, Turn, instructions, make_batch, next_prompt
 from simulator import HINTS, RLVER, Appraisal, Profile, Reaction, User, with_every_intention, write_whole
@@ -35,29 +35,33 @@ def written_dialogues(profiles: list[Profile], chat: Chat, think: bool, seed: in
     for e in load_exchanges():
         if e.author not in HELD_OUT_AUTHORS and e.grade >= 2 and len(e.reply.split()) <= LONGEST:
             replies_of[e.id].append(e)
-    hints = {(profile.id, profile.intention): profile.hints for profile in with_every_intention(profiles)}
-    return [written_dialogue(p, replies_of[p.id], hints, chat, think, rng) for p in profiles if replies_of[p.id]]
+    wishes = {(profile.id, profile.intention): profile for profile in with_every_intention(profiles)}
+    return [written_dialogue(p, replies_of[p.id], wishes, chat, think, rng) for p in profiles if replies_of[p.id]]
 
 
-def written_dialogue(profile: Profile, replies: list[Exchange], hints: dict, chat: Chat, think: bool, rng) -> Dialogue:
-    """A tree: each message of the person in as many versions as replies were written to it, with a hint or without, as the
-    offline user would say it; the dialogue goes on after the last of these."""
+def written_dialogue(profile: Profile, replies: list[Exchange], wishes: dict, chat: Chat, think: bool, rng) -> Dialogue:
+    """A tree: each message of the person in as many versions as replies were written to it, as the offline user would say it: pleased
+    where the reply before did the same as this one, else displeased, mostly with a hint. It goes on after the last of these."""
     story, past = (profile.first_talk, *profile.facts), Dialogue(User(profile, RLVER.start), RLVER.start)
-    turns = []
+    turns, last_act = [], ""
     for told in sorted({e.turn for e in replies})[:TOLD]:
         here = [e for e in replies if e.turn == told]
         for e in rng.sample(here, len(here)):
-            hint = [rng.choice(hints[e.id, e.act])] if (e.id, e.act) in hints and rng.random() < HINTED else []
+            wish, message = wishes.get((profile.id, e.act), profile), [story[told]]
+            if e.act == last_act:
+                message.insert(0, rng.choice(wish.pleased))
+            elif past.turns:
+                message.insert(0, rng.choice(DISPLEASED[profile.main_cha]))
+            if e.act == wish.intention != last_act and rng.random() < HINTED:
+                message.append(rng.choice(wish.hints))
             if past.turns:
-                word = rng.choice((DISPLEASED if hint else PLEASED)[profile.main_cha])
-                message = " ".join([word, story[told], *hint])
-                past.turns[-1].reaction = Reaction(Appraisal(0), RLVER.start, message, False)
+                past.turns[-1].reaction = Reaction(Appraisal(0), RLVER.start, " ".join(message), False)
             else:
-                past.user.messages = [" ".join([story[told], *hint])]
+                past.user.messages = [" ".join(message)]
             prompt_ids, _ = next_prompt(chat, past, think)
             ids = chat.text_ids(f"{e.thought}</think>\n{e.reply}" if think else e.reply) + [chat.stop_id]
             turns.append(Turn(prompt_ids, ids, [0.0] * len(ids), True, e.thought, e.reply, True))
-        past.turns = turns[-1:]
+        past.turns, last_act = turns[-1:], e.act
     return Dialogue(past.user, RLVER.start, turns)
 
 

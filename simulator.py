@@ -55,7 +55,8 @@ class Profile:
     """One person, in the public schema (`id` to `first_talk`) plus what only the offline user needs.
 
     A prompted user opens by itself where `first_talk` is empty, as in the official train split. `facts` are the pieces of the
-    story that follow `first_talk`; `hints` are what the person may let slip when a reply has missed what they came for.
+    story that follow `first_talk`; `hints` are what the person may let slip when a reply has missed what they came for, `pleased`
+    what they say when one has given it.
     """
 
     id: str
@@ -69,6 +70,7 @@ class Profile:
     topic: str = ""
     facts: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
+    pleased: tuple[str, ...] = ()
 
     @property
     def intention(self) -> str:
@@ -116,7 +118,7 @@ def with_every_intention(profiles: list[Profile], path: Path = HINTS) -> list[Pr
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if row["id"] in people:
-            wish = dict(task=INTENTIONS[row["intention"]], hints=tuple(row["hints"]))
+            wish = dict(task=INTENTIONS[row["intention"]], hints=tuple(row["hints"]), pleased=tuple(row["pleased"]))
             everyone.append(replace(people[row["id"]], **wish))
     return everyone
 
