@@ -24,10 +24,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from llm import LocalLLM, ServerLLM
-from offline_user import ALONE, TABLE, WORDS_FILE, change_of, guards, points_for
-from policy import DTYPES, Chat, compute_dtype, load_model
-from probes import (
+from extras.probes import (
     ORDINARY_TEXT,
     found_out,
     guard,
@@ -39,8 +36,11 @@ from probes import (
     task_scores,
     track,
 )
+from extras.report import measures, write_report
+from llm import LocalLLM, ServerLLM
+from offline_user import ALONE, TABLE, WORDS_FILE, change_of, guards, points_for
+from policy import DTYPES, Chat, compute_dtype, load_model
 from reader import load_reader
-from report import measures, write_report
 from rollout import instructions, rollout
 from simulator import SAGE, User, load_profiles, replay, write_whole
 from users import add_simulator_flags, make_simulator
@@ -56,7 +56,7 @@ CODE = (
     "rollout.py",
     "policy.py",
     "evaluate.py",
-    "probes.py",
+    "extras/probes.py",
 )
 # --beyond: name -> the flags that make this user
 USERS = {
@@ -137,7 +137,7 @@ def verdict(name: str, other: str, comparison: dict) -> str:
 
 def definition(args) -> dict:
     """What defines a score, beside the flags: the environment's code with its rules and prompts, profiles, versions."""
-    files = {Path(name).stem: Path(__file__).with_name(name) for name in CODE}
+    files = {Path(name).stem: Path(__file__).parent / name for name in CODE}
     files |= {
         "profiles": Path(args.profiles),
         "ordinary_text": ORDINARY_TEXT,

@@ -34,42 +34,25 @@ import shutil
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from itertools import zip_longest
 from pathlib import Path
 
 import psutil
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
-from torch.distributed.checkpoint import state_dict as sd
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 import grpo
 import ppo
-from distributed import copy_weights, deal, shard
+from distributed import deal
 from evaluate import compare, evaluate, print_dialogue, summarize, verdict, write_json
-from generator import MESSAGE_TOKENS
-from llm import LocalLLM
-from policy import (
-    DTYPES,
-    LOGITS_AT_ONCE,
-    SMOLLM2,
-    Chat,
-    Critic,
-    Policy,
-    checkpoint_activations,
-    compute_dtype,
-    frozen_copy,
-    load_config,
-    load_model,
-    save_model,
-    train_upper_layers,
-)
-from probes import draw_acts, found_out, guard
-from report import write_report
+from extras.plan import check_memory, memory_plan, print_plan
+from extras.probes import draw_acts, found_out, guard
+from extras.report import write_report
+from models import load_checkpoint, load_models, save_best, save_checkpoint
+from policy import DTYPES, SMOLLM2, Chat, compute_dtype, load_model
 from rollout import instructions, make_batch, rollout
 from sft import cold_start
 from simulator import RLVER, SAGE, Protocol, UserBroken, load_profiles, with_every_intention, write_whole
@@ -236,45 +219,6 @@ def draw_curves(out: Path) -> None:
     (out / "curves.tmp.png").replace(out / "curves.png")
 
 
-WHOLE = sd.StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded, so that any number of ranks can go on
-
-
-def save_checkpoint(out: Path, step: int, models) -> None:
-    """out/checkpoint for `from_pretrained`, out/trainer.pt for --resume; each whole or not at all, trainer.pt last.
-
-    Every rank must call this; rank 0 writes."""
-    pairs = zip(models.modules, models.optimizers)
-    states, optimizer_states = zip(*(sd.get_state_dict(*pair, options=WHOLE) for pair in pairs))
-    if PartialState().is_main_process:
-        save_model(models.policy.model, models.tokenizer, out / "checkpoint", plain_weights(states[0]))
-        torch.save({"step": step, "modules": states, "optimizers": optimizer_states}, out / "trainer.tmp.pt")
-        (out / "trainer.tmp.pt").replace(out / "trainer.pt")
-    PartialState().wait_for_everyone()
-
-
-def save_best(out: Path, models) -> None:
-    """out/best: the model with the best validation score so far. Every rank must call this."""
-    state = sd.get_model_state_dict(models.policy, options=WHOLE)
-    if PartialState().is_main_process:
-        save_model(models.policy.model, models.tokenizer, out / "best", plain_weights(state))
-    PartialState().wait_for_everyone()
-
-
-def plain_weights(state: dict) -> dict:
-    """Weights of a Policy as those of a model that `from_pretrained` loads."""
-    return {name.removeprefix("model."): value for name, value in state.items()}
-
-
-def load_checkpoint(out: Path, models) -> int:
-    """Put the state of out/trainer.pt into the models, sharded or not; return the next step."""
-    state = torch.load(out / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
-    saved = zip(models.modules, models.optimizers, state["modules"], state["optimizers"], strict=True)
-    for *pair, weights, moments in saved:
-        sd.set_state_dict(*pair, model_state_dict=weights, optim_state_dict=moments, options=WHOLE)
-    models.follow()
-    return state["step"]
-
-
 def peak_memory_gb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
@@ -318,159 +262,7 @@ def rollout_metrics(dialogues, reward: str) -> dict:
     }
 
 
-# --- The plan: what a run needs, before anything is loaded ------------------------------------------------------------
-
-
-def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
-    """(GB per GPU and component, dialogues that there is room for), counted from the model's config.json alone; gpus 0: this computer's
-    CPU, in float32.
-
-    Weights, gradients and Adam's two moments are float32 and sharded; the sampler is whole and in bf16. Rollout and update
-    never overlap, so the peak is what stays plus the larger of the two. Without --slots, all of a rank's dialogues are held
-    at once where --gpu-memory has room for them, else as many as it has room for.
-    """
-    config = load_config(args.model)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    train_upper_layers(model, args.train_layers)
-
-    def count(module, trained=False):
-        return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
-
-    ranks, width = max(1, gpus), compute_dtype("cpu", args.dtype or ("bfloat16" if gpus else None)).itemsize
-    rows = max(1, args.batch // ranks)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    key_width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    head = 40  # tokens before the dialogue
-    columns = head + args.turns * (args.max_new_tokens + 45)  # of a dialogue's history
-    slot = head + args.turns * (args.max_new_tokens + MESSAGE_TOKENS)  # tokens that the cache holds of each dialogue
-    together = max(1, args.micro_tokens // columns)  # dialogues in a forward pass
-    shared = 0 if args.checkpointing or ranks > 1 else head  # computed once for all of them
-    tokens = shared + together * (columns - shared)
-    sampled = together * args.turns * args.max_new_tokens
-    # Numbers that a layer keeps of each token for its backward pass; with checkpointing one layer does, the others their input.
-    per_token = 8 * config.hidden_size + 3 * key_width + 4 * config.intermediate_size
-    layers = config.num_hidden_layers
-    kept_layers = layers if args.train_layers is None else min(layers, args.train_layers)
-    per_token = per_token + layers * config.hidden_size if args.checkpointing else kept_layers * per_token
-    per_token += 2 * config.intermediate_size + 4 * config.hidden_size  # gradients of the layer that is at work
-    activations = tokens * width * per_token + 2 * layers * key_width * width * together * shared
-    if not gpus or args.eager:
-        activations += 4 * together * columns**2  # a dense mask
-    # Float32, four times: logits, log-probs, probabilities, gradient.
-    logits = 16 * min(sampled, LOGITS_AT_ONCE) * config.vocab_size
-    ends = count(model) - count(model.base_model.layers)  # embedding, head, last norm
-    two_layers = 2 * count(model.base_model.layers) / layers
-    # Several GPUs gather weights and, for all ranks' sum, gradients; one has autocast's bf16 copies of the weights.
-    gathered = width * (two_layers + 2 * ends) + 4 * two_layers if ranks > 1 else 0
-    if gpus == 1:
-        gathered = width * count(model)
-    plan = {
-        "weights": 4 * count(model) / ranks,
-        "gradients": 4 * count(model, True) / ranks,
-        "optimizer": 8 * count(model, True) / ranks,
-        "critic": (args.algo == "ppo") * (4 * count(model.base_model) + 12 * count(model.base_model, True)) / ranks,
-        "reference": 4 * count(model) / ranks if args.kl > 0 else 0,
-        "sampler": width * count(model) if ranks > 1 or args.checkpointing or gpus else 0,
-        "simulator": width * count(model) if args.simulator == "self" else 0,
-        "process": 1.5e9 if gpus == 0 else 1.0e9,  # on a CPU with what the allocator keeps of freed memory
-        "rollout: KV cache": 2 * layers * key_width * width * rows * slot,
-        "update: activations": activations,
-        "update: logits": logits,
-        "update: gathered weights": gathered,
-    }
-    plan = {name: size / 1e9 for name, size in plan.items()}
-    room = 0.9 * args.gpu_memory - sum(size for name, size in plan.items() if ":" not in name)
-    fitting = args.slots or max(1, int(rows * room / plan["rollout: KV cache"]))
-    plan["rollout: KV cache"] *= min(rows, fitting) / rows
-    phases = [sum(size for name, size in plan.items() if name.startswith(phase)) for phase in ("rollout", "update")]
-    return plan | {"peak": sum(size for name, size in plan.items() if ":" not in name) + max(phases)}, fitting
-
-
-def check_memory(plan: dict[str, float], memory_gb: float) -> None:
-    """Raise ValueError with advice where the plan does not fit."""
-    if plan["peak"] > memory_gb:
-        most = sorted((name for name in plan if name != "peak"), key=plan.get, reverse=True)[:2]
-        advice = {"KV": "--max-new-tokens or --batch", "activations": "--micro-tokens, or --checkpointing"}
-        advice |= {"logits": "--micro-tokens", "gathered": "the model"}
-        otherwise = "the model, or more GPUs"
-        change = [next((a for key, a in advice.items() if key in name), otherwise) for name in most]
-        raise ValueError(
-            f"needs about {plan['peak']:.0f} GB of {memory_gb:.0f} GB per device, most of it for "
-            f"{most[0]} ({plan[most[0]]:.0f} GB) and {most[1]} ({plan[most[1]]:.0f} GB): lower {change[0]}; or {change[1]}"
-        )
-
-
-def print_plan(args) -> None:
-    gpus = args.gpus
-    plan, fitting = memory_plan(args, gpus)
-    slots = min(fitting, max(1, args.batch // max(1, gpus)))
-    what, where = args.algo + (" + think" if args.think else ""), f"{gpus} GPUs" if gpus else "CPU"
-    print(f"{args.model}, {what}, {where}, {slots} dialogues at once: GB per device")
-    for name, size in plan.items():
-        print(f"  {name:26}{size:8.1f}")
-    if gpus:  # an H100's rate, at the share of it that such code reaches: 40 % of 990 Tflop/s, 60 % of 3.35 TB/s
-        history = 40 + args.turns * (args.max_new_tokens + 45)
-        parameters = plan["weights"] * gpus * 1e9 / 4
-        passes = (8 if args.checkpointing else 6) * (2 if args.algo == "ppo" else 1) + 2 * (args.kl > 0)
-        update = passes * parameters * args.batch * history / (gpus * 0.4 * 990e12)
-        cache = plan["rollout: KV cache"] * 1e9 / 2
-        decode = args.turns * args.max_new_tokens * (2 * parameters + cache) / (0.6 * 3.35e12)
-        seconds = f"rollout {decode:.0f}, update {update:.0f}"
-        print(f"  seconds per step, at most: {seconds} (every reply at --max-new-tokens)")
-    check_memory(plan, args.gpu_memory)
-    print(f"  fits into {args.gpu_memory:.0f} GB")
-
-
 # --- The loop ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Models:
-    """Everything with weights. `modules` and `optimizers` are the policy's and, with PPO, the critic's."""
-
-    tokenizer: object
-    policy: Policy
-    reference: Policy | None
-    critic: Critic | None
-    sampler: torch.nn.Module  # generates: whole weights in the compute dtype; a copy, unless the policy is just that
-    local_llm: LocalLLM | None  # plays the user with --simulator self
-    modules: list
-    optimizers: list
-
-    def follow(self) -> None:
-        """Give the sampler the policy's weights."""
-        if self.sampler is not self.policy.model:
-            copy_weights(self.policy, self.sampler)
-
-
-def load_models(args, device: str, dtype: torch.dtype, ranks: int, start: str = "") -> Models:
-    """`start`: the model after the cold start, where there was one."""
-    # Weights that are trained are float32. What will be sharded waits in the CPU's memory.
-    home = "cpu" if ranks > 1 else device
-    model, tokenizer = load_model(start or args.model, home, torch.float32)
-    local_llm = None
-    if args.simulator == "self":
-        local_llm = LocalLLM(frozen_copy(model, device, dtype), tokenizer, args.eager)
-    copied = ranks > 1 or args.checkpointing or dtype != torch.float32
-    sampler = frozen_copy(model, device, dtype) if copied else model
-    if device == "cuda" and not args.eager:
-        model.set_attn_implementation("flex_attention")  # in updates; the generator has its own
-    whole_or_sharded = lambda module: shard(module, dtype) if ranks > 1 else module
-    reference = None
-    if args.kl > 0:
-        reference = whole_or_sharded(Policy(frozen_copy(model), args.temperature, dtype))
-    train_upper_layers(model, args.train_layers)
-    if args.checkpointing:
-        checkpoint_activations(model)
-    critic = whole_or_sharded(Critic(model, dtype)) if args.algo == "ppo" else None
-    policy = whole_or_sharded(Policy(model, args.temperature, dtype))
-    modules = [module for module in (policy, critic) if module]
-    optimizers = [
-        torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=lr, weight_decay=0.0, fused=True)
-        for module, lr in zip(modules, (args.lr, args.critic_lr))
-    ]
-    return Models(tokenizer, policy, reference, critic, sampler, local_llm, modules, optimizers)
 
 
 def train(args) -> None:

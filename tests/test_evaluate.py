@@ -15,11 +15,11 @@ from conftest import ROOT, AnyReader, tiny_model
 from stub import Stub
 
 import evaluate
-import probes
 import train
+from extras import probes
+from extras.report import write_report
 from offline_user import ALONE, TABLE, OfflineSimulator, change_of, points_for
 from reader import ACTS, Features, Head, Reader, save_reader
-from report import write_report
 from rollout import Dialogue, Turn
 from simulator import INTENTIONS
 

@@ -18,6 +18,7 @@ import grpo
 import ppo
 import train
 from distributed import micro_batches
+from models import load_models
 from policy import Chat, Critic, Policy, checkpoint_activations, load_model, save_model
 from rollout import make_batch, rollout
 from simulator import (
@@ -422,7 +423,7 @@ def test_rewards_and_advantages_follow_from_the_transcripts(grpo_run):
 def test_the_sampler_follows_and_the_reference_does_not(flags, home):
     """Weights that have moved reach the sampler, a copy or the policy itself, and nobody else."""
     args = train.parse_args([*FLAGS, "--algo", "ppo", "--model", str(home / "model"), *flags])
-    models = train.load_models(args, "cpu", torch.bfloat16 if "bfloat16" in flags else torch.float32, 1)
+    models = load_models(args, "cpu", torch.bfloat16 if "bfloat16" in flags else torch.float32, 1)
     before = copy.deepcopy([models.reference.state_dict(), models.critic.state_dict()])
     ours, sampled = models.policy.model.parameters, models.sampler.parameters
     with torch.no_grad():

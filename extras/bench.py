@@ -1,10 +1,10 @@
-"""Benchmarks: `python bench.py NAME` prints its figures with their ratios and stores them in results/bench_NAME.json.
+"""Benchmarks: `python -m extras.bench NAME` prints its figures with their ratios and stores them in results/bench_NAME.json.
 
-    python bench.py simulator     32 prompted users on a server with 200 ms per call: all at once against one by one
-    python bench.py rollout       24 dialogues of SmolLM2: the generator against `model.generate`; users who take their time
-    python bench.py decode        one token more of 4, 32 (GPU: 128) dialogues: `model.generate`, and what memory bandwidth allows
-    python bench.py update        think mode, 8 turns: turns merged into a tree against every turn by itself
-    python bench.py trl           a GRPO step of one turn against TRL's GRPOTrainer (needs `pip install trl`)
+    python -m extras.bench simulator     32 prompted users on a server with 200 ms per call: all at once against one by one
+    python -m extras.bench rollout       24 dialogues of SmolLM2: the generator against `model.generate`; users who take their time
+    python -m extras.bench decode        one token more of 4, 32 (GPU: 128) dialogues: `model.generate`, and what memory bandwidth allows
+    python -m extras.bench update        think mode, 8 turns: turns merged into a tree against every turn by itself
+    python -m extras.bench trl           a GRPO step of one turn against TRL's GRPOTrainer (needs `pip install trl`)
 
 Ratios come from one run on one machine; absolute seconds differ between machines.
 """
@@ -31,7 +31,7 @@ from rollout import Batch, instructions, make_batch
 from rollout import rollout as hold_dialogues
 from simulator import Appraisal, Protocol, Reaction, User, done, load_profiles
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 
 
 def people(count: int) -> list:

@@ -104,7 +104,7 @@ def draw_acts(path: Path, dialogues: dict[str, list[dict]]) -> None:
 
 # --- 2. Ordinary text, tasks: what the model still knows --------------------------------------------------------------
 
-ORDINARY_TEXT = Path(__file__).parent / "data" / "ordinary_text.txt"
+ORDINARY_TEXT = Path(__file__).parent.parent / "data" / "ordinary_text.txt"
 
 
 @torch.no_grad()
