@@ -16,14 +16,10 @@ import shutil
 import sys
 import time
 from argparse import Namespace
-from dataclasses import dataclass
-from datetime import timedelta
 from itertools import zip_longest
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 import grpo
@@ -31,57 +27,16 @@ import ppo
 from distributed import deal
 from evaluate import evaluate, summarize, write_json
 from extras import logs
-from extras.plan import check_memory, memory_plan, print_plan
+from extras.plan import print_plan
 from extras.probes import guard
-from models import Models, load_checkpoint, load_models, save_best, save_checkpoint
-from policy import Chat, compute_dtype, load_model
-from rollout import Batch, Dialogue, instructions, make_batch, rollout
+from models import save_best, save_checkpoint
+from policy import load_model
+from rollout import Batch, Dialogue, make_batch, rollout
+from run import Run, prepare
 from settings import parse_args
-from sft import cold_start
-from simulator import RLVER, SAGE, Profile, Protocol, UserBroken, load_profiles, with_every_intention
-from users import make_simulator
+from simulator import RLVER, Profile, Protocol, UserBroken
 
 MOST_DROPPED = 0.5  # share of a step's dialogues whose user may break down
-
-
-@dataclass
-class Run:
-    """What a run's steps share."""
-
-    args: Namespace
-    out: Path
-    accelerator: Accelerator
-    dtype: torch.dtype
-    train_profiles: list[Profile]
-    validation_profiles: list[Profile]
-    test_profiles: list[Profile]
-    start: str  # the model after the cold start, or --model
-    models: Models
-    chat: Chat
-    simulator: object
-    test_simulator: object  # whatever it trains with: a score is SAGE's
-    slots: int  # dialogues held at once per process
-    test_slots: int
-    first_step: int
-
-    @property
-    def rank(self) -> int:
-        return self.accelerator.process_index
-
-    @property
-    def ranks(self) -> int:
-        return self.accelerator.num_processes
-
-    @property
-    def main(self) -> bool:
-        return self.accelerator.is_main_process
-
-    @property
-    def sampling(self) -> dict:
-        return dict(think=self.args.think, max_new_tokens=self.args.max_new_tokens, eager=self.args.eager)
-
-
-# --- The loop ---------------------------------------------------------------------------------------------------------
 
 
 def train(args: Namespace) -> None:
@@ -220,85 +175,7 @@ def validate(run: Run, step: int) -> bool:
     return score <= best_score and step + 1 - best_step >= args.patience * args.eval_every
 
 
-# --- Before and after the loop ----------------------------------------------------------------------------------------
-
-
-def prepare(args: Namespace) -> Run:
-    """Raises ValueError before anything is written where flags, files and this machine do not go together."""
-    out, offline = Path(args.out), args.simulator == "offline"
-    persons = load_profiles(args.train_profiles, offline)
-    test_profiles = load_profiles(args.test_profiles, offline)
-    validation_profiles = load_profiles(args.validation_profiles, offline)
-    make_simulator(args, args.difficulty)
-    resumed = check_out(args)
-    accelerator = start_processes(args)
-    ranks, device = accelerator.num_processes, accelerator.device.type
-    torch.manual_seed(args.seed)
-    dtype = compute_dtype(device, args.dtype)
-    plan, fitting = memory_plan(args, ranks if device == "cuda" else 0)
-    check_memory(plan, args.gpu_memory)
-    out.mkdir(parents=True, exist_ok=True)
-    if args.track:
-        accelerator.init_trackers("rlver", config={k: v for k, v in vars(args).items() if v is not None})
-    start = args.model
-    if args.cold_start != "none":
-        with accelerator.main_process_first():  # the others find it made
-            start = str(cold_start(args.model, args.think, args.train_layers, dtype, persons, validation_profiles))
-    models = load_models(args, device, dtype, ranks, start)
-    run = Run(
-        args=args,
-        out=out,
-        accelerator=accelerator,
-        dtype=dtype,
-        train_profiles=with_every_intention(persons),
-        validation_profiles=validation_profiles,
-        test_profiles=test_profiles,
-        start=start,
-        models=models,
-        chat=Chat(models.tokenizer, instructions(args.think)),
-        simulator=make_simulator(args, args.difficulty, models.local_llm),
-        test_simulator=make_simulator(args, "vanilla", models.local_llm),
-        slots=min(fitting, args.batch // ranks),
-        test_slots=max(1, fitting * args.turns // SAGE.turns),
-        first_step=load_checkpoint(out, models) if resumed else 0,
-    )
-    if run.main:
-        announce(run, plan["rollout: KV cache"])
-    return run
-
-
-def check_out(args: Namespace) -> bool:
-    """Whether there is a checkpoint to go on from; a run killed before its first one begins anew."""
-    out = Path(args.out)
-    begun, resumed = (out / "metrics.jsonl").exists(), args.resume and (out / "trainer.pt").exists()
-    if begun and not args.resume:
-        raise ValueError(f"--out {out}: holds a run already; choose another folder or go on with --resume")
-    if args.resume and not resumed and not begun:
-        raise ValueError(f"--resume: no checkpoint in {out}")
-    return resumed
-
-
-def start_processes(args: Namespace) -> Accelerator:
-    long_wait = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # for slow users and for checkpoints
-    cpu = not torch.cuda.is_available()
-    accelerator = Accelerator(log_with=args.track, project_dir=args.out, cpu=cpu, kwargs_handlers=[long_wait])
-    if args.batch % (accelerator.num_processes * args.group):
-        ranks = accelerator.num_processes
-        raise ValueError(f"--batch {args.batch} must be a multiple of {ranks} processes x --group {args.group}")
-    return accelerator
-
-
-def announce(run: Run, cache_gb: float) -> None:
-    args, device = run.args, run.accelerator.device.type
-    for name in ("metrics.jsonl", "transcripts.jsonl"):
-        logs.keep_steps_before(run.out / name, run.first_step)
-    if not args.resume:
-        write_json(run.out / "config.json", vars(args))
-    where = f"{run.ranks} x {device}" if run.ranks > 1 else device
-    print(
-        f"{args.preset} preset: {args.algo}, {args.model}, {args.steps} steps of {args.batch} dialogues, {where}, {run.dtype}\n"
-        f"{run.slots} dialogues at once per process, {cache_gb:.2f} GB of KV cache"
-    )
+# --- Held-out scores, before and after -------------------------------------------------------------------------------
 
 
 def held_out(run: Run, sampler, profiles: list[Profile]) -> list[dict]:
@@ -314,7 +191,7 @@ def held_out(run: Run, sampler, profiles: list[Profile]) -> list[dict]:
 def score_before(run: Run) -> None:
     """Held-out scores of the model that training begins with, and of the base if a cold start has changed it."""
     if run.start != run.args.model:
-        base, _ = load_model(run.args.model, run.accelerator.device.type, run.dtype)
+        base, _ = load_model(run.args.model, run.device, run.dtype)
         keep_score(run, "base", "held-out score of the base       ", base)
         del base
     keep_score(run, "before", "held-out score before RL         ", run.models.sampler)
@@ -329,16 +206,15 @@ def keep_score(run: Run, name: str, title: str, model) -> None:
 
 def score_after(run: Run) -> None:
     """The held-out score of the best model, or the last, and what has changed."""
-    device = run.accelerator.device.type
     run.models.optimizers.clear()  # their memory is free for the best model
     sampler = run.models.sampler
     if (run.out / "best.json").exists():
-        sampler, _ = load_model(str(run.out / "best"), device, run.dtype)
+        sampler, _ = load_model(str(run.out / "best"), run.device, run.dtype)
     after = held_out(run, sampler, run.test_profiles)
     if run.main:
         write_json(run.out / "after.json", after)
     if run.main and (run.out / "before.json").exists():
-        base, _ = load_model(run.args.model, device, run.dtype)
+        base, _ = load_model(run.args.model, run.device, run.dtype)
         logs.report(run.out, after, guard(sampler, run.models.tokenizer, base))
 
 

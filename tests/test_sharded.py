@@ -104,9 +104,9 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(moment, whole,
     hook = tmp_path / "hook"
     hook.mkdir()
     # Wait for the signal inside the function where the run is to die.
-    target = {"rollout": "train.rollout", "update": "grpo.clip_gradients", "checkpoint": "train.torch.save"}[moment]
+    target = {"rollout": "train.rollout", "update": "grpo.clip_gradients", "checkpoint": "models.torch.save"}[moment]
     (hook / "die.py").write_text(
-        f"import runpy, sys, time, pathlib\nsys.path.insert(0, {str(ROOT)!r})\nimport grpo, train\n"
+        f"import runpy, sys, time, pathlib\nsys.path.insert(0, {str(ROOT)!r})\nimport grpo, models, train\n"
         f"real, count = {target}, 0\n"
         "def dying(*args, **kwargs):\n"
         "    global count\n"
