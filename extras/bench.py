@@ -1,10 +1,10 @@
 """Benchmarks: `python -m extras.bench NAME` prints its figures with their ratios and stores them in results/bench_NAME.json.
 
-    python -m extras.bench simulator     32 prompted users on a server with 200 ms per call: all at once against one by one
-    python -m extras.bench rollout       24 dialogues of SmolLM2: the generator against `model.generate`; users who take their time
-    python -m extras.bench decode        one token more of 4, 32 (GPU: 128) dialogues: `model.generate`, and what memory bandwidth allows
-    python -m extras.bench update        think mode, 8 turns: turns merged into a tree against every turn by itself
-    python -m extras.bench trl           a GRPO step of one turn against TRL's GRPOTrainer (needs `pip install trl`)
+    simulator     32 prompted users on a server with 200 ms per call: all at once against one by one
+    rollout       24 dialogues of SmolLM2: the generator against `model.generate`; users who take their time
+    decode        one token more of 4, 32 (GPU: 128) dialogues: `model.generate`, and what memory bandwidth allows
+    update        think mode, 8 turns: turns merged into a tree against every turn by itself
+    trl           a GRPO step of one turn against TRL's GRPOTrainer (needs `pip install trl`)
 
 Ratios come from one run on one machine; absolute seconds differ between machines.
 """
