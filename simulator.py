@@ -78,34 +78,25 @@ class Profile:
 
 
 def load_profiles(path: str | Path, offline: bool = True) -> list[Profile]:
-    """Read a JSON-lines file of profiles with `datasets`; raise ProfileError naming file, line and field.
+    """Read a JSON-lines file of profiles; raise ProfileError naming file, line and field.
 
     offline False asks for the public schema only, `first_talk` not included: enough for a prompted user."""
-    from datasets import disable_progress_bars, load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
     path = Path(path)
     if not path.is_file():
         raise ProfileError(f"{path}: no such profile file")
-    disable_progress_bars()
     lines = path.read_text(encoding="utf-8", errors="replace").strip("\n").split("\n")
     if lines == [""]:
         raise ProfileError(f"{path}: holds no profile")
-    for number, line in enumerate(lines, 1):  # datasets does not say which line is not JSON
+    profiles = []
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
         except ValueError as error:
             raise ProfileError(f"{path}: line {number}: not JSON ({error})") from None
         _check_record(record, f"{path}: line {number}", offline)
-    try:
-        rows = load_dataset("json", data_files=str(path), split="train")
-    except DatasetGenerationError as error:
-        raise ProfileError(f"{path}: {error.__cause__ or error}") from None
-    names = [name for name in Profile.__annotations__ if name in rows.column_names]
-    return [
-        Profile(**{k: tuple(row[k]) if isinstance(row[k], list) else row[k] for k in names if row[k] is not None})
-        for row in rows
-    ]
+        fields = {name: record[name] for name in Profile.__annotations__ if record.get(name) is not None}
+        profiles.append(Profile(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}))
+    return profiles
 
 
 HINTS = Path(__file__).parent / "data" / "hints.jsonl"

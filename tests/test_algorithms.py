@@ -11,6 +11,7 @@ import grpo
 import ppo
 import train
 from distributed import deal, micro_batches
+from models import load_models
 from policy import (
     Critic,
     Policy,
@@ -363,7 +364,7 @@ def test_log_softmax_is_float32_and_the_value_head_starts_at_zero(model):
 def test_models_in_bfloat16_keep_their_rotary_frequencies(tiny_folder, tmp_path):
     """Rounded like the weights, they would turn late positions by a radian: the sampler would be another model."""
     flags = ["--preset", "laptop", "--model", str(tiny_folder), "--simulator", "self", "--out", str(tmp_path)]
-    models = train.load_models(train.parse_args(flags), "cpu", torch.bfloat16, 1)
+    models = load_models(train.parse_args(flags), "cpu", torch.bfloat16, 1)
     for model in (models.sampler, models.local_llm.model):
         assert model is not models.policy.model and model.lm_head.weight.dtype == torch.bfloat16
         assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -16,6 +16,7 @@ import train
 from policy import cpu_has_bf16
 from reader import WEIGHTS
 from simulator import load_profiles
+from verify import problems_in
 
 TINY = [
     "--preset",
@@ -65,7 +66,7 @@ def test_training_writes_everything(tiny_folder, tmp_path, few_profiles, flags):
     assert (out / "curves.png").stat().st_size > 1000
     transcripts = [json.loads(line) for line in (out / "transcripts.jsonl").read_text().splitlines()]
     assert len(transcripts) == 8 and all(t["history"][0]["role"] == "user" for t in transcripts)
-    assert not any(problem for row in transcripts for problem in evaluate.problems_in(row))
+    assert not any(problem for row in transcripts for problem in problems_in(row))
     loaded = AutoModelForCausalLM.from_pretrained(out / "checkpoint")
     before = AutoModelForCausalLM.from_pretrained(tiny_folder)
     moved = any((a != b).any() for a, b in zip(loaded.parameters(), before.parameters()))
@@ -118,14 +119,14 @@ def test_the_best_model_on_validation_profiles_is_kept_and_ends_the_run(
         (["--reader", "absent.pt"], "--reader absent.pt: no such file"),
         (["--model", "/no/such/folder"], "--model /no/such/folder"),
         (["--batch", "5"], "--batch 5 must be a multiple of --group 2"),
-        (["--steps", "0"], "--steps must be at least 1"),
-        (["--lr", "-1"], "--lr must be greater than 0"),
-        (["--eval-temperature", "-1"], "--eval-temperature must not be negative"),
-        (["--gamma", "2"], "--gamma must lie in [0, 1]"),
+        (["--steps", "0"], "--steps: must be at least 1"),
+        (["--lr", "-1"], "--lr: must be greater than 0"),
+        (["--eval-temperature", "-1"], "--eval-temperature: must not be negative"),
+        (["--gamma", "2"], "--gamma: must lie in [0, 1]"),
         (["--algo", "sarsa"], "--algo"),
         (["--resume"], "--resume: no checkpoint"),
         (["--out", "/proc/rlver"], "/proc/rlver"),
-        (["--eval-every", "0"], "--eval-every must be at least 1"),
+        (["--eval-every", "0"], "--eval-every: must be at least 1"),
         (["--gpu-memory", "0.001"], "needs about 2 GB of 0 GB per device"),
         (["--simulator", "elsewhere"], "--simulator elsewhere: must be offline, self or a URL"),
         (["--simulator", "http://localhost:1/v1"], "--simulator-model must name the model"),

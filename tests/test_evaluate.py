@@ -5,23 +5,24 @@ import re
 import shutil
 import subprocess
 import sys
-from html import escape
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, AnyReader, tiny_model
+from markupsafe import escape
 from stub import Stub
 
 import evaluate
-import probes
 import train
+from extras import probes
+from extras.report import write_report
 from offline_user import ALONE, TABLE, OfflineSimulator, change_of, points_for
 from reader import ACTS, Features, Head, Reader, save_reader
-from report import write_report
 from rollout import Dialogue, Turn
 from simulator import INTENTIONS
+from verify import problems_in
 
 CHROMIUM = shutil.which("chromium")
 SCRIPT = "<script>document.title = 'hacked'</script><img src=x onerror=\"document.title='hacked'\">"
@@ -126,7 +127,7 @@ def test_transcripts_alone_make_a_report_and_a_comparison(chat, simulator, profi
     assert paired["pairs"] == 6 and paired["difference"] != 0
     assert result["results"]["difference"] == paired and evaluate.verdict("after", "before", paired) in said
     html, (first, *others) = (tmp_path / "report.html").read_text(encoding="utf-8"), result["dialogues"]["after"]
-    assert escape(first["history"][1]["content"]) in html and html.count("class='case'") == 1 + len(others)
+    assert str(escape(first["history"][1]["content"])) in html and html.count("class='case'") == 1 + len(others)
 
 
 def test_training_ends_with_a_report_of_before_beside_after(tiny_folder, tmp_path):
@@ -406,7 +407,7 @@ def test_every_change_follows_from_what_the_transcript_holds(difficulty, chat, p
     rows = held(chat, OfflineSimulator(AnyReader(), difficulty), profiles[:12], 0)
     counted, named = 0, set()
     for row in rows:
-        assert evaluate.problems_in(json.loads(json.dumps(row))) == []
+        assert problems_in(json.loads(json.dumps(row))) == []
         intention = next(key for key, task in INTENTIONS.items() if task == row["task"])
         said = [message for message in row["history"] if message["role"] == "user"]
         for before, after in zip(said, said[1:]):

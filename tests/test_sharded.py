@@ -14,6 +14,7 @@ from stub import Stub
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import train
+from extras.plan import memory_plan
 
 TINY = "--preset laptop --batch 8 --turns 3 --max-new-tokens 9 --no-eval --train-layers 3 --micro-tokens 600 --cold-start none".split()
 
@@ -103,9 +104,9 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(moment, whole,
     hook = tmp_path / "hook"
     hook.mkdir()
     # Wait for the signal inside the function where the run is to die.
-    target = {"rollout": "train.rollout", "update": "grpo.clip_gradients", "checkpoint": "train.torch.save"}[moment]
+    target = {"rollout": "train.rollout", "update": "grpo.clip_gradients", "checkpoint": "models.torch.save"}[moment]
     (hook / "die.py").write_text(
-        f"import runpy, sys, time, pathlib\nsys.path.insert(0, {str(ROOT)!r})\nimport grpo, train\n"
+        f"import runpy, sys, time, pathlib\nsys.path.insert(0, {str(ROOT)!r})\nimport grpo, models, train\n"
         f"real, count = {target}, 0\n"
         "def dying(*args, **kwargs):\n"
         "    global count\n"
@@ -145,5 +146,5 @@ def test_the_plan_says_what_fits_and_what_to_change(tmp_path, capsys):
     assert "fits into 80 GB" in out and "critic" in out
     assert train.main([*flags, "--gpus", "1"]) == 2
     assert "more GPUs" in capsys.readouterr().err
-    peaks = [train.memory_plan(train.parse_args([*flags, *more]), 8)[0]["peak"] for more in ([], ["--eager"])]
+    peaks = [memory_plan(train.parse_args([*flags, *more]), 8)[0]["peak"] for more in ([], ["--eager"])]
     assert peaks[1] > peaks[0] + 4, "a dense mask of 40,000 x 40,000"

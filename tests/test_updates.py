@@ -18,6 +18,8 @@ import grpo
 import ppo
 import train
 from distributed import micro_batches
+from extras import logs
+from models import load_models
 from policy import Chat, Critic, Policy, checkpoint_activations, load_model, save_model
 from rollout import make_batch, rollout
 from simulator import (
@@ -302,7 +304,7 @@ def run(home, out, *flags):
 
     with Stub() as stub, pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "rollout", watched_rollout)
-        patch.setattr(train, "draw_curves", lambda out: None)
+        patch.setattr(logs, "draw_curves", lambda out: None)
         for algorithm in (ppo, grpo):
             patch.setattr(algorithm, "update", watched(algorithm.update))
         files = [x for split in ("train", "validation", "test") for x in (f"--{split}-profiles", home / "people.jsonl")]
@@ -422,7 +424,7 @@ def test_rewards_and_advantages_follow_from_the_transcripts(grpo_run):
 def test_the_sampler_follows_and_the_reference_does_not(flags, home):
     """Weights that have moved reach the sampler, a copy or the policy itself, and nobody else."""
     args = train.parse_args([*FLAGS, "--algo", "ppo", "--model", str(home / "model"), *flags])
-    models = train.load_models(args, "cpu", torch.bfloat16 if "bfloat16" in flags else torch.float32, 1)
+    models = load_models(args, "cpu", torch.bfloat16 if "bfloat16" in flags else torch.float32, 1)
     before = copy.deepcopy([models.reference.state_dict(), models.critic.state_dict()])
     ours, sampled = models.policy.model.parameters, models.sampler.parameters
     with torch.no_grad():
@@ -485,7 +487,8 @@ def test_rewards_of_all_kinds_but_not_of_a_dropped_dialogue(model, chat):
     other.dropped, other.user.emotion = "its user broke down", 100
     assert set(make_batch([other, dialogue], "mixed").dialogue_N.tolist()) == {1}
     expected = {"dropped": 1, "emotion": 10, "change_per_turn": -2.5, "reward": -0.05, "failure": 0, "success": 0}
-    metrics = train.rollout_metrics([other, dialogue], "delta")
+    both = [other, dialogue]
+    metrics = logs.rollout_metrics(both, [d.transcript() for d in both], "delta")
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
 

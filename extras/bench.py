@@ -1,10 +1,10 @@
-"""Benchmarks: `python bench.py NAME` prints its figures with their ratios and stores them in results/bench_NAME.json.
+"""Benchmarks: `python -m extras.bench NAME` prints its figures with their ratios and stores them in results/bench_NAME.json.
 
-    python bench.py simulator     32 prompted users on a server with 200 ms per call: all at once against one by one
-    python bench.py rollout       24 dialogues of SmolLM2: the generator against `model.generate`; users who take their time
-    python bench.py decode        one token more of 4, 32 (GPU: 128) dialogues: `model.generate`, and what memory bandwidth allows
-    python bench.py update        think mode, 8 turns: turns merged into a tree against every turn by itself
-    python bench.py trl           a GRPO step of one turn against TRL's GRPOTrainer (needs `pip install trl`)
+    simulator     32 prompted users on a server with 200 ms per call: all at once against one by one
+    rollout       24 dialogues of SmolLM2: the generator against `model.generate`; users who take their time
+    decode        one token more of 4, 32 (GPU: 128) dialogues: `model.generate`, and what memory bandwidth allows
+    update        think mode, 8 turns: turns merged into a tree against every turn by itself
+    trl           a GRPO step of one turn against TRL's GRPOTrainer (needs `pip install trl`)
 
 Ratios come from one run on one machine; absolute seconds differ between machines.
 """
@@ -20,18 +20,19 @@ import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 import grpo
 from distributed import micro_batches
 from generator import Generator
-from policy import DTYPES, SMOLLM2, Chat, Policy, frozen_copy, load_config, load_model
+from policy import DTYPES, SMOLLM2, Chat, Policy, frozen_copy, load_config, load_model, model_folder
 from rollout import Batch, instructions, make_batch
 from rollout import rollout as hold_dialogues
 from simulator import Appraisal, Protocol, Reaction, User, done, load_profiles
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 
 
 def people(count: int) -> list:
@@ -258,18 +259,16 @@ def update(
 def trl(dtypes: list[str], profiles: int = 3, group: int = 8, new_tokens: int = 24, steps: int = 4) -> None:
     """Seconds of a GRPO step of SmolLM2: same prompts, group size, tokens per completion, KL and trained weights. Float32,
     one turn, because that is what TRL's trainer does; the first step of each is left out as warm-up."""
-    from types import SimpleNamespace
-
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    from policy import model_folder
-
-    persons = people(profiles)
-    count = profiles * group
     settings = dict(lr=1e-6, temperature=0.7, kl=0.05)
+    ours, tokens = our_steps(people(profiles), group, new_tokens, steps, settings)
+    theirs = trl_steps(people(profiles), group, new_tokens, steps, settings)
+    figures = {"dialogues": profiles * group, "group": group, "sampled_tokens": tokens}
+    figures |= {"seconds_ours": sum(ours[1:]) / (steps - 1), "seconds_trl": sum(theirs[1:]) / (steps - 1)}
+    store("trl", figures | {"ratio": figures["seconds_trl"] / figures["seconds_ours"]})
 
+
+def our_steps(persons: list, group: int, new_tokens: int, steps: int, settings: dict) -> tuple[list[float], int]:
+    """(seconds of each step, sampled tokens of one)."""
     model, tokenizer = load_model(SMOLLM2)
     chat = Chat(tokenizer, instructions(False))
     chat.stop_ids = []  # every completion has all its tokens, there as here
@@ -277,28 +276,33 @@ def trl(dtypes: list[str], profiles: int = 3, group: int = 8, new_tokens: int = 
     optimizer = torch.optim.AdamW(policy.parameters(), lr=settings["lr"])
     args = SimpleNamespace(epochs=1, micro_tokens=10**6, clip=0.2, kl=settings["kl"], entropy=0.0, max_grad_norm=1.0)
     args.importance_cap, args.group = 0.0, group
-    ours = []
+    everybody, seconds = [person for person in persons for _ in range(group)], []
     for _ in range(steps):
         start = time.perf_counter()
         dialogues = hold_dialogues(
-            model, chat, Talkers(), [p for p in persons for _ in range(group)], list(range(count)),
-            Protocol(30, 1), max_new_tokens=new_tokens, temperature=settings["temperature"],
+            model, chat, Talkers(), everybody, list(range(len(everybody))), Protocol(30, 1), max_new_tokens=new_tokens,
+            temperature=settings["temperature"],
         )  # fmt: skip
         batch = make_batch(dialogues, "terminal")
         advantages_N, _ = grpo.group_advantages(batch, group, per_turn=False)
         grpo.update(policy, reference, optimizer, batch, advantages_N, args)
-        ours.append(time.perf_counter() - start)
-    tokens = len(batch)
-    del model, policy, reference, optimizer
+        seconds.append(time.perf_counter() - start)
+    return seconds, len(batch)
 
-    clock, theirs = [0.0], []
+
+def trl_steps(persons: list, group: int, new_tokens: int, steps: int, settings: dict) -> list[float]:
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    began, seconds = [], []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
-            clock[0] = time.perf_counter()
+            began.append(time.perf_counter())
 
         def on_step_end(self, *args, **kwargs):
-            theirs.append(time.perf_counter() - clock[0])
+            seconds.append(time.perf_counter() - began[-1])
 
     turns = [{"role": "system", "content": instructions(False)}]
     prompts = [{"prompt": [*turns, {"role": "user", "content": person.first_talk}]} for person in persons]
@@ -306,7 +310,7 @@ def trl(dtypes: list[str], profiles: int = 3, group: int = 8, new_tokens: int = 
         model=str(model_folder(SMOLLM2)),
         reward_funcs=lambda completions, **_: [float(len(set(c[0]["content"].split()))) for c in completions],
         args=GRPOConfig(
-            output_dir="/tmp/bench_trl", per_device_train_batch_size=count, num_generations=group, max_steps=steps,
+            output_dir="/tmp/bench_trl", per_device_train_batch_size=len(persons) * group, num_generations=group, max_steps=steps,
             max_completion_length=new_tokens, generation_kwargs={"min_new_tokens": new_tokens}, beta=settings["kl"],
             temperature=settings["temperature"], learning_rate=settings["lr"], use_cpu=True, bf16=False,
             gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no",
@@ -316,9 +320,7 @@ def trl(dtypes: list[str], profiles: int = 3, group: int = 8, new_tokens: int = 
         callbacks=[Clock()],
     )  # fmt: skip
     trainer.train()
-    figures = {"dialogues": count, "group": group, "sampled_tokens": tokens}
-    figures |= {"seconds_ours": sum(ours[1:]) / (steps - 1), "seconds_trl": sum(theirs[1:]) / (steps - 1)}
-    store("trl", figures | {"ratio": figures["seconds_trl"] / figures["seconds_ours"]})
+    return seconds
 
 
 BENCHMARKS = {"simulator": simulator, "rollout": rollout, "decode": decode, "update": update, "trl": trl}

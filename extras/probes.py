@@ -104,7 +104,7 @@ def draw_acts(path: Path, dialogues: dict[str, list[dict]]) -> None:
 
 # --- 2. Ordinary text, tasks: what the model still knows --------------------------------------------------------------
 
-ORDINARY_TEXT = Path(__file__).parent / "data" / "ordinary_text.txt"
+ORDINARY_TEXT = Path(__file__).parent.parent / "data" / "ordinary_text.txt"
 
 
 @torch.no_grad()
@@ -160,7 +160,6 @@ def task_scores(model, tokenizer, tasks: list[str]) -> dict[str, dict[str, float
 QUESTIONS = ("Did your last reply make me feel better?", "Did your last reply make me feel worse?")
 
 
-@torch.no_grad()
 def track(model, chat: Chat, transcripts: list[dict], dtype: torch.dtype) -> dict:
     """Balanced accuracy in percent (50: chance) of the policy's belief that its last reply lifted the emotion, and its error.
 
@@ -171,18 +170,38 @@ def track(model, chat: Chat, transcripts: list[dict], dtype: torch.dtype) -> dic
     """
     copies, dialogue_N, truth = [], [], []
     for d, transcript in enumerate(transcripts):
-        users = [message for message in transcript["history"] if message["role"] == "user"]
-        replies = [message for message in transcript["history"] if message["role"] == "assistant"]
-        before = chat.opening(users[0]["content"])
-        for reply, user in zip(replies, users[1:]):
-            before = before + chat.text_ids(reply["content"])
-            if change := user["planning"]["change"]:
-                truth.append((transcript["id"], change > 0))
-                for question in QUESTIONS:
-                    asked = f"{user['content']}\n\n{question} Answer Yes or No."
-                    copies.append(before + chat.between(asked, stopped=False))
-                    dialogue_N.append(d)
-            before = before + chat.between(user["content"], stopped=False)
+        for better, worse, rose in asked_copies(chat, transcript):
+            copies += [better, worse]
+            dialogue_N += [d, d]
+            truth.append((transcript["id"], rose))
+    leaning_N = yes_over_no(model, chat, copies, dialogue_N, dtype)
+    belief = (leaning_N[0::2] > leaning_N[1::2]).tolist()
+    answers = [(name, rose, rose == believed) for (name, rose), believed in zip(truth, belief)]
+    result = {"messages": len(answers), "rose": sum(rose for _, rose, _ in answers), "score": None}
+    score = balanced_accuracy(answers)
+    if score is not None:
+        result["score"] = [round(score, 2), round(jackknife(answers), 2)]
+    return result
+
+
+def asked_copies(chat: Chat, transcript: dict) -> list[tuple[list[int], list[int], bool]]:
+    """(the dialogue so far and "better?", the same and "worse?", whether the emotion rose) at each message after a change."""
+    users = [message for message in transcript["history"] if message["role"] == "user"]
+    replies = [message for message in transcript["history"] if message["role"] == "assistant"]
+    asked, before = [], chat.opening(users[0]["content"])
+    for reply, user in zip(replies, users[1:]):
+        before = before + chat.text_ids(reply["content"])
+        if change := user["planning"]["change"]:
+            texts = [f"{user['content']}\n\n{question} Answer Yes or No." for question in QUESTIONS]
+            better, worse = (before + chat.between(text, stopped=False) for text in texts)
+            asked.append((better, worse, change > 0))
+        before = before + chat.between(user["content"], stopped=False)
+    return asked
+
+
+@torch.no_grad()
+def yes_over_no(model, chat: Chat, copies: list[list[int]], dialogue_N: list[int], dtype: torch.dtype):
+    """log P(Yes) - log P(No) as the first token of the answer to each copy (N,)."""
     ends_N = torch.tensor(list(map(len, copies)))  # the answer is predicted at a copy's last token
     batch = Sequences(copies, torch.arange(len(copies)), ends_N, torch.tensor(dialogue_N))
     yes, no = (chat.text_ids(word)[0] for word in ("Yes", "No"))
@@ -192,16 +211,16 @@ def track(model, chat: Chat, transcripts: list[dict], dtype: torch.dtype) -> dic
         with autocast(hidden_n_D.device.type, dtype):
             logits_n_V = model.get_output_embeddings()(hidden_n_D).float()
         leaning_N[index_n] = (logits_n_V[:, yes] - logits_n_V[:, no]).cpu()
-    belief = (leaning_N[0::2] > leaning_N[1::2]).tolist()
-    answers = [(name, rose, rose == believed) for (name, rose), believed in zip(truth, belief)]
-    score = balanced_accuracy(answers)
+    return leaning_N
+
+
+def jackknife(answers: list[tuple[str, bool, bool]]) -> float:
+    """Standard error of the balanced accuracy over profiles; nan where one holds all the rises, or all the falls."""
     names = {name for name, _, _ in answers}
     without = [balanced_accuracy([answer for answer in answers if answer[0] != name]) for name in names]
-    result = {"messages": len(answers), "rose": sum(rose for _, rose, _ in answers), "score": None}
-    if score is not None:  # without a profile that holds all the rises, or all the falls, there is no jackknife
-        spread = math.nan if None in without else sum((value - mean(without)) ** 2 for value in without)
-        result["score"] = [round(score, 2), round(math.sqrt(spread * (len(without) - 1) / len(without)), 2)]
-    return result
+    if None in without:
+        return math.nan
+    return math.sqrt(sum((value - mean(without)) ** 2 for value in without) * (len(without) - 1) / len(without))
 
 
 def balanced_accuracy(answers: list[tuple[str, bool, bool]]) -> float | None:

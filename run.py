@@ -1,0 +1,131 @@
+"""What a training run is made of, and how it is put together: everything that can go wrong is found before the first step."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from evaluate import write_json
+from extras.logs import keep_steps_before
+from extras.plan import check_memory, memory_plan
+from models import Models, load_checkpoint, load_models
+from policy import Chat, compute_dtype
+from rollout import instructions
+from sft import cold_start
+from simulator import SAGE, Profile, load_profiles, with_every_intention
+from users import make_simulator
+
+
+@dataclass
+class Run:
+    """What a run's steps share."""
+
+    args: Namespace
+    out: Path
+    accelerator: Accelerator
+    rank: int
+    ranks: int
+    main: bool  # whether this process writes and prints
+    device: str
+    dtype: torch.dtype
+    train_profiles: list[Profile]
+    validation_profiles: list[Profile]
+    test_profiles: list[Profile]
+    start: str  # the model after the cold start, or --model
+    models: Models
+    chat: Chat
+    simulator: object
+    test_simulator: object  # whatever it trains with: a score is SAGE's
+    slots: int  # dialogues held at once per process
+    test_slots: int
+    first_step: int
+
+    @property
+    def sampling(self) -> dict:
+        return dict(think=self.args.think, max_new_tokens=self.args.max_new_tokens, eager=self.args.eager)
+
+
+def prepare(args: Namespace) -> Run:
+    """Raises ValueError before anything is written where flags, files and this machine do not go together."""
+    out, offline = Path(args.out), args.simulator == "offline"
+    persons = load_profiles(args.train_profiles, offline)
+    test_profiles = load_profiles(args.test_profiles, offline)
+    validation_profiles = load_profiles(args.validation_profiles, offline)
+    make_simulator(args, args.difficulty)
+    resumed = check_out(args)
+    accelerator = start_processes(args)
+    ranks, device = accelerator.num_processes, accelerator.device.type
+    torch.manual_seed(args.seed)
+    dtype = compute_dtype(device, args.dtype)
+    plan, fitting = memory_plan(args, ranks if device == "cuda" else 0)
+    check_memory(plan, args.gpu_memory)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.track:
+        accelerator.init_trackers("rlver", config={k: v for k, v in vars(args).items() if v is not None})
+    start = args.model
+    if args.cold_start != "none":
+        with accelerator.main_process_first():  # the others find it made
+            start = str(cold_start(args.model, args.think, args.train_layers, dtype, persons, validation_profiles))
+    models = load_models(args, device, dtype, ranks, start)
+    run = Run(
+        args=args,
+        out=out,
+        accelerator=accelerator,
+        rank=accelerator.process_index,
+        ranks=ranks,
+        main=accelerator.is_main_process,
+        device=device,
+        dtype=dtype,
+        train_profiles=with_every_intention(persons),
+        validation_profiles=validation_profiles,
+        test_profiles=test_profiles,
+        start=start,
+        models=models,
+        chat=Chat(models.tokenizer, instructions(args.think)),
+        simulator=make_simulator(args, args.difficulty, models.local_llm),
+        test_simulator=make_simulator(args, "vanilla", models.local_llm),
+        slots=min(fitting, args.batch // ranks),
+        test_slots=max(1, fitting * args.turns // SAGE.turns),
+        first_step=load_checkpoint(out, models) if resumed else 0,
+    )
+    if run.main:
+        announce(run, plan["rollout: KV cache"])
+    return run
+
+
+def check_out(args: Namespace) -> bool:
+    """Whether there is a checkpoint to go on from; a run killed before its first one begins anew."""
+    out = Path(args.out)
+    begun, resumed = (out / "metrics.jsonl").exists(), args.resume and (out / "trainer.pt").exists()
+    if begun and not args.resume:
+        raise ValueError(f"--out {out}: holds a run already; choose another folder or go on with --resume")
+    if args.resume and not resumed and not begun:
+        raise ValueError(f"--resume: no checkpoint in {out}")
+    return resumed
+
+
+def start_processes(args: Namespace) -> Accelerator:
+    long_wait = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # for slow users and for checkpoints
+    cpu = not torch.cuda.is_available()
+    accelerator = Accelerator(log_with=args.track, project_dir=args.out, cpu=cpu, kwargs_handlers=[long_wait])
+    if args.batch % (accelerator.num_processes * args.group):
+        ranks = accelerator.num_processes
+        raise ValueError(f"--batch {args.batch} must be a multiple of {ranks} processes x --group {args.group}")
+    return accelerator
+
+
+def announce(run: Run, cache_gb: float) -> None:
+    args = run.args
+    for name in ("metrics.jsonl", "transcripts.jsonl"):
+        keep_steps_before(run.out / name, run.first_step)
+    if not args.resume:
+        write_json(run.out / "config.json", vars(args))
+    where = f"{run.ranks} x {run.device}" if run.ranks > 1 else run.device
+    print(
+        f"{args.preset} preset: {args.algo}, {args.model}, {args.steps} steps of {args.batch} dialogues, {where}, {run.dtype}\n"
+        f"{run.slots} dialogues at once per process, {cache_gb:.2f} GB of KV cache"
+    )
