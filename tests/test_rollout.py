@@ -13,7 +13,7 @@ from transformers.generation import configuration_utils
 
 from generator import Generator, Slots, draw, flash, varlen
 from offline_user import OfflineSimulator
-from policy import Chat
+from policy import Chat, ModelError
 from rollout import make_batch, rollout, split_thinking
 from simulator import Protocol
 
@@ -220,6 +220,27 @@ def test_replayed_passes_draw_the_same_tokens(kind, temperature, chat, profiles,
         assert [turn.log_probs for turn in a.turns] == [pytest.approx(turn.log_probs, abs=1e-5) for turn in b.turns]
     passes = sum(len(turn.sampled_ids) for dialogue in found for turn in dialogue.turns) / 3
     assert 2 <= len(captured) < passes / 4 and len(calls) == 2 * len(captured), "recorded anew only where slots grew"
+
+
+@pytest.mark.parametrize("bias", [3.0, 60.0])
+def test_log_probs_are_those_of_the_policy_that_sampled(bias, model, chat, profiles):
+    """Also of a token that was all but sure to come."""
+    model = biased_to_stop(model, chat, bias)
+    turns = [turn for dialogue in hold(model, chat, profiles[:3], temperature=0.8) for turn in dialogue.turns]
+    for turn in turns:
+        with torch.no_grad():
+            logits = model(torch.tensor([turn.prompt_ids + turn.sampled_ids])).logits[0, len(turn.prompt_ids) - 1 : -1]
+        expected = (logits / 0.8).log_softmax(-1)[range(len(turn.sampled_ids)), turn.sampled_ids]
+        assert turn.log_probs == pytest.approx(expected.tolist(), abs=2e-4)
+    surest = max(log_prob for turn in turns for log_prob in turn.log_probs)
+    assert surest > -1e-5 if bias == 60 else surest < 0
+
+
+def test_a_model_with_sliding_windows_is_refused(model, chat, profiles):
+    """Its layers would have to forget what a slot holds."""
+    model.config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    with pytest.raises(ModelError, match="layers of sliding_attention"):
+        hold(model, chat, profiles[:1])
 
 
 def test_seeds_decide(model, chat, profiles):
