@@ -184,6 +184,7 @@ CASES = {  # name: (turns and rewards, how far the sampler's log-probs are off, 
     "no reference": (TERMINAL, 0.7, {}, set()),
     "a dropped dialogue": (DROPPED, 0.7, {"micro_tokens": 30}, {"weight"}),
     "clipped gradients": (PER_TURN, 0.0, {"max_grad_norm": 0.5}, {"norm"}),
+    "a group at a time": (PER_TURN, 0.7, {"group": 2, "micro_tokens": 45}, set()),
     "two epochs": (PER_TURN, 0.7, {"epochs": 2, "micro_tokens": 30}, {"ratio", "weight"}),
 }
 
@@ -485,6 +486,7 @@ def test_rewards_of_all_kinds_but_not_of_a_dropped_dialogue(model, chat):
     other.dropped, other.user.emotion = "its user broke down", 100
     assert set(make_batch([other, dialogue], "mixed").dialogue_N.tolist()) == {1}
     expected = {"dropped": 1, "emotion": 10, "change_per_turn": -2.5, "reward": -0.05, "failure": 0, "success": 0}
+    expected |= {"reply_tokens": 3, "stopped": 0, "truncated": 2, "format_errors": 0}
     metrics = train.rollout_metrics([other, dialogue], "delta")
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
