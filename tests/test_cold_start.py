@@ -11,7 +11,7 @@ from conftest import ROOT, tiny_model
 from transformers import AutoModelForCausalLM
 
 import sft
-from exchanges import HELD_OUT_AUTHORS, load_exchanges
+from exchanges import HELD_OUT_AUTHORS, Exchange, load_exchanges
 from offline_user import DISPLEASED, PLEASED
 from policy import Policy, load_model
 from rollout import Dialogue, Turn
@@ -33,6 +33,19 @@ def test_every_training_person_comes_with_every_intention_and_its_own_hints(pers
     held_out = [p for name in ("validation", "test") for p in load_profiles(ROOT / "data" / f"{name}_profiles.jsonl")]
     assert not set(hints) & {hint.lower() for p in held_out for hint in p.hints}
     assert with_every_intention(held_out) == held_out, "who is held out keeps to what is in its file"
+
+
+def test_only_good_short_replies_of_authors_that_are_not_held_out_are_learned(persons, chat, monkeypatch):
+    reply = lambda text, grade=2, author="a", at=0: Exchange(
+        persons[at].id, 0, "advice", grade, "", author, "Hm.", text
+    )
+    kept = [reply("Two."), reply("Three.", 3)]
+    others = [reply("Half.", 1), reply("None.", 0), reply("Long " * LONGEST + "one."), reply("Another's.", at=2)]
+    others += [reply("A stranger's.", author=author) for author in HELD_OUT_AUTHORS]
+    monkeypatch.setattr(sft, "load_exchanges", lambda: [*others, *kept])
+    (dialogue,) = written_dialogues(persons[:2], chat, think=False)
+    assert dialogue.user.profile is persons[0]
+    assert {turn.reply for turn in dialogue.turns} == {e.reply for e in kept}
 
 
 @pytest.mark.parametrize("think", (False, True))

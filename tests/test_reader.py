@@ -70,6 +70,8 @@ def test_examples_are_what_a_user_would_have_said_and_made_up_ones_no_answer_to_
             hinted += hint
     assert [example.exchange for example in examples[: len(exchanges)]] == exchanges
     assert generic == sum(e.act == "generic" for e in exchanges) > 10 and elsewhere > 30
+    alone = [e for e in exchanges if e.id == exchanges[0].id and e.act != "generic"]
+    assert len(examples_of(alone, list(people.values()), 9.0)) == len(alone), "nobody is a stranger to oneself"
     assert 0.25 < hinted / sum(e.turn > 0 for e in exchanges) < 0.55
 
 
@@ -82,6 +84,23 @@ def test_what_is_read_is_the_end_of_what_was_said_and_the_beginning_of_the_reply
     assert decode(ids[start:end]) == f" {reply}"[:64] and decode(ids[end:]) == "\nThis reply is"
     ids, start, _ = features.tokens(("Long ago.", "No.", "Yes."), reply)
     assert decode(ids[:start]) == "Person: No. Yes.\nReply:", "the last two messages"
+
+
+def test_features_are_of_the_text_alone_whatever_it_is_read_with(tiny_folder):
+    """Its last token, and of the reply the mean, the maximum and the last token, by the lower layers; without padding."""
+    features = Features(str(tiny_folder), 2)
+    texts = [
+        (("Well.",), "No."),
+        (("It rained on the fair.", "All day."), "And you stood there, " * 3),
+        (("Hm.",), "Oh?"),
+    ]
+    for text, found in zip(texts, features(texts)):
+        ids, start, end = features.tokens(*text)
+        with torch.no_grad():
+            hidden = features.trunk(input_ids=torch.tensor([ids])).last_hidden_state[0].float()
+        reply = hidden[start:end]
+        expected = torch.cat([hidden[-1], reply.mean(0), reply.max(0).values, reply[-1]])
+        assert (found - expected).abs().max() < 0.1 * expected.abs().max()
 
 
 def test_the_head_is_the_minimum_of_its_loss():

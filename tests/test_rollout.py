@@ -386,6 +386,15 @@ def test_sampling_follows_the_temperature():
     assert log_probs[0].item() == pytest.approx(torch.log_softmax(logits[0] / 0.5, -1)[ids[0]].item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_a_token_that_cannot_come_is_never_drawn(uniform):
+    """Not at the first and last number that a uniform draw can give either, whatever rounding makes of the sum."""
+    logits = torch.randn(500, 258, generator=torch.Generator().manual_seed(0))
+    logits[:, [0, -1]] = -torch.inf
+    ids, log_probs = draw(logits, 1.0, torch.full((500,), uniform))
+    assert set(ids.tolist()) <= ({1} if uniform == 0 else set(range(200, 257))) and log_probs.isfinite().all()
+
+
 def test_chat_takes_templates_without_a_system_role(tokenizer):
     import copy
 
