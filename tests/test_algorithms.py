@@ -161,6 +161,7 @@ def test_activation_checkpointing_changes_no_gradient_and_leaves_dropout_off():
 def test_packed_trees_do_not_see_each_other():
     """Short trees share a row with others; nothing is computed for padding but the end of a row."""
     assert pack([5, 3, 2, 2]) == [[0], [1, 2], [3]]
+    assert pack([3, 2, 2]) == [[0], [1], [2]], "no row is wider than the largest"
     model, batch = tiny_model(), make([[9, 8], [1], [2], [3], [2]], [[0.1] * 2] + [[0.1]] * 4)
     assert len(pack(list(batch.sizes.values()))) < len(batch.sizes) - 1
     assert_equal_to_single_sequences(model, batch, 1000, atol=1e-4)
@@ -183,6 +184,12 @@ def test_micro_batches_cover_everything_and_start_with_the_longest():
     longest = max(range(4), key=batch.sizes.get)
     assert longest in groups[0]
     assert [sorted(members) for members, _ in micro_batches(batch, 10_000, 2)] == [[0, 1], [2, 3]], "one group each"
+    uneven = make([[1], [6], [2], [9]], [[0.5]] * 4)
+    assert [members for members, _ in micro_batches(uneven, 10_000, 2)] == [[1, 0], [3, 2]], "the longest first"
+    many = make([[3]] * 12, [[0.5]] * 12)
+    for limit in (40, 48):
+        at_once = limit // max(many.sizes.values())
+        assert at_once > 1 and [len(members) for members, _ in micro_batches(many, limit)][:3] == [at_once] * 3
     assert len(micro_batches(batch, 10_000)) == 1 and len(micro_batches(batch, 10, 2)) == 4
     assert common_prefix([[1, 2, 3], [1, 2], [1, 2, 4]]) == 2
 

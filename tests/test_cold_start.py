@@ -1,15 +1,22 @@
 """The cold start: what is learned from, and hints for every hidden intention."""
 
+import copy
 import json
+import random
+import re
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, tiny_model
+from transformers import AutoModelForCausalLM
 
-from exchanges import HELD_OUT_AUTHORS, load_exchanges
-from policy import Policy
-from sft import LONGEST, loss_on, train_on, written_dialogues
-from simulator import INTENTIONS, load_profiles, with_every_intention
+import sft
+from exchanges import HELD_OUT_AUTHORS, Exchange, load_exchanges
+from offline_user import DISPLEASED, PLEASED
+from policy import Policy, load_model
+from rollout import Dialogue, Turn
+from sft import LONGEST, cold_start, loss_on, train_on, written_dialogues
+from simulator import INTENTIONS, User, load_profiles, with_every_intention
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +35,39 @@ def test_every_training_person_comes_with_every_intention_and_its_own_hints(pers
         assert not {line for line, _ in meant} & {line.lower() for p in held_out for line in lines(p)}
     assert not any(p.task in line for p in [*everyone, *held_out] for line in p.hints + p.pleased)
     assert with_every_intention(held_out) == held_out, "who is held out keeps to what is in its file"
+
+
+def test_only_good_short_replies_of_authors_that_are_not_held_out_are_learned(persons, chat, monkeypatch):
+    reply = lambda text, grade=2, author="a", at=0: Exchange(
+        persons[at].id, 0, "advice", grade, "", author, "Hm.", text
+    )
+    kept = [reply("Two."), reply("Three.", 3)]
+    others = [reply("Half.", 1), reply("None.", 0), reply("Long " * LONGEST + "one."), reply("Another's.", at=2)]
+    others += [reply("A stranger's.", author=author) for author in HELD_OUT_AUTHORS]
+    monkeypatch.setattr(sft, "load_exchanges", lambda: [*others, *kept])
+    (dialogue,) = written_dialogues(persons[:2], chat, think=False)
+    assert dialogue.user.profile is persons[0]
+    assert {turn.reply for turn in dialogue.turns} == {e.reply for e in kept}
+
+
+@pytest.mark.parametrize("think", (False, True))
+def test_the_person_tells_the_story_in_order_and_is_displeased_where_it_hints(persons, chat, think):
+    """What the model learns to answer is what the offline user says: a word on the reply before, one more piece, a hint."""
+    hints = {(p.id, hint) for p in with_every_intention(persons) for hint in p.hints}
+    written, hinted = {(e.id, e.reply): e for e in load_exchanges()}, 0
+    for dialogue in written_dialogues(persons[:8], chat, think):
+        person, told = dialogue.user.profile, []
+        story = (person.first_talk, *person.facts)
+        for turn in dialogue.turns:
+            at = written[person.id, turn.reply].turn
+            told += [at] * (at not in told)
+            said = re.findall(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", chat.tokenizer.decode(turn.prompt_ids), re.S)
+            assert [next(k for k, piece in enumerate(story) if piece in text) for text in said] == told
+            hint = any(hint in said[-1] for who, hint in hints if who == person.id)
+            words = (DISPLEASED if hint else PLEASED)[person.main_cha]
+            assert said[-1].startswith(tuple(words) if len(told) > 1 else person.first_talk)
+            hinted += hint and len(told) > 1
+    assert told == sorted(told) and len(told) > 3 and hinted > 20
 
 
 @pytest.mark.parametrize("think", (False, True))
@@ -71,6 +111,66 @@ def test_the_cold_start_learns_the_replies_and_nothing_else(persons, model, chat
     assert before == pytest.approx(lost / tokens, abs=1e-4)
     train_on(policy, dialogues * 4)
     assert loss_on(policy, dialogues) < before - 0.1
+
+
+def test_a_step_of_the_cold_start_is_adam_on_the_mean_log_prob_of_the_replies(monkeypatch):
+    """One person a step, in a shuffled order, the gradient clipped at norm 1, a learning rate that falls to 0; long dialogues
+    in several passes."""
+    monkeypatch.setattr(sft, "MICRO_TOKENS", 40)
+    monkeypatch.setattr(sft, "PERSONS_A_STEP", 2)
+    rng = torch.Generator().manual_seed(0)
+    ids = lambda count: torch.randint(3, 250, (count,), generator=rng).tolist()
+    turn = lambda told, said: Turn(ids(told), ids(said), [0.0] * said, True, "", "", True)
+    sizes = ((9, 3), (22, 9), (4, 1), (30, 2), (12, 6), (6, 12))
+    dialogues = [Dialogue(User(None, 30), 30, [turn(*size), turn(*size)]) for size in sizes]
+    model = tiny_model()
+    model.lm_head.weight.data *= 15
+    start, slow = copy.deepcopy(model), copy.deepcopy(model)
+    train_on(Policy(model), dialogues, seed=5)
+    optimizer = torch.optim.AdamW(slow.parameters(), lr=sft.LEARNING_RATE, weight_decay=0.0)
+    order, norms = random.Random("5 0").sample(dialogues, 6), []
+    for step in range(3):
+        log_probs = []
+        for turn in (turn for dialogue in order[2 * step : 2 * step + 2] for turn in dialogue.turns):
+            logits = slow(torch.tensor([turn.prompt_ids + turn.sampled_ids])).logits[0, len(turn.prompt_ids) - 1 : -1]
+            log_probs.append(logits.log_softmax(-1)[range(len(turn.sampled_ids)), turn.sampled_ids])
+        optimizer.zero_grad()
+        (-torch.cat(log_probs).mean()).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(slow.parameters(), 1.0).item())
+        optimizer.param_groups[0]["lr"] = sft.LEARNING_RATE * (1 - step / 3)
+        optimizer.step()
+    moved, apart = (
+        sum((a - b).abs().sum().item() for a, b in zip(slow.parameters(), other.parameters()))
+        for other in (start, model)
+    )
+    assert max(norms) > 1.2 * min(norms) > 1.2 and apart < 1e-3 * moved
+
+
+def test_a_cold_start_is_made_once_for_the_same_settings_and_told_on_strangers(
+    persons, chat, tiny_folder, tmp_path, monkeypatch
+):
+    """Only the upper layers learn; loss.json is of persons that were not trained on."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, tokenizer = load_model(str(tiny_folder))
+    settings = dict(model=str(tiny_folder), think=False, layers=1, dtype=torch.float32)
+    settings |= dict(profiles=persons[:1], strangers=persons[1:2])
+    folder = cold_start(**settings)
+    learned = AutoModelForCausalLM.from_pretrained(folder)
+    moved = {name for (name, a), b in zip(learned.named_parameters(), model.parameters()) if (a != b).any()}
+    assert moved and all(name.startswith(("model.layers.2.", "model.norm.")) for name in moved)
+    loss = json.loads((folder / "loss.json").read_text())
+    told = sft.Chat(tokenizer, sft.instructions(False))
+    strangers = written_dialogues(persons[1:2], told, False)
+    assert loss["before"] == pytest.approx(loss_on(Policy(model), strangers), abs=1e-4)
+    assert loss["after"] == pytest.approx(loss_on(Policy(learned), strangers), abs=1e-4)
+    made = []
+    monkeypatch.setattr(sft, "train_on", lambda policy, dialogues: made.append(dialogues))
+    monkeypatch.setattr(sft, "loss_on", lambda policy, dialogues: 0.0)
+    assert cold_start(**settings) == folder and not made
+    others = [dict(think=True), dict(layers=2), dict(dtype=torch.bfloat16), dict(profiles=persons[2:3])]
+    assert len({folder, *(cold_start(**settings | other) for other in others)}) == 5 and len(made) == 4
+    with pytest.raises(ValueError, match="--cold-start none"):
+        cold_start(**settings | dict(profiles=persons[3:4], strangers=[]))
 
 
 def test_hints_are_read_from_one_file(persons, tmp_path):

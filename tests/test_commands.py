@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, metrics_of
+from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM
 
 import evaluate
@@ -87,6 +88,8 @@ def test_same_seed_same_run_and_resume_equals_uninterrupted(tiny_folder, tmp_pat
         with (tmp_path / "d" / name).open("a") as file:
             file.write('{"step": 2, "emo')
     out = str(tmp_path / "d")  # the run's own flags need not be given again
+    assert train.parse_args(["--out", out, "--resume"]).model == str(tiny_folder)
+    assert train.parse_args(["--out", out, "--resume", "--batch", "8"]).batch == 8
     assert train.main(["--out", out, "--steps", "3", "--resume"]) == 0
     assert (tmp_path / "d" / "transcripts.jsonl").read_text() == transcripts[0]
     assert metrics_of(tmp_path / "d") == metrics_of(tmp_path / "a")
@@ -95,20 +98,38 @@ def test_same_seed_same_run_and_resume_equals_uninterrupted(tiny_folder, tmp_pat
     assert metrics_of(tmp_path / "d") == metrics_of(tmp_path / "a")
 
 
-def test_the_best_model_on_validation_profiles_is_kept_and_ends_the_run(
-    tiny_folder, tmp_path, few_profiles, monkeypatch
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_best_model_on_validation_profiles_is_kept_scored_and_ends_the_run(
+    every, tiny_folder, tmp_path, few_profiles, monkeypatch
 ):
-    """A learning rate that wrecks the model: no later score beats the first, and the run stops by itself."""
-    out = tmp_path / "out"
-    flags = ["--steps", 9, "--lr", 5, "--entropy", 0.1, "--eval-every", 1, "--patience", 2, "--checkpointing"]
+    """A learning rate that wrecks the model: no later score beats the best, and the run stops by itself, --patience scores
+    later; the held-out score is the best model's."""
+    out, other = tmp_path / "out", tmp_path / "other.jsonl"
+    other.write_text(
+        (ROOT / "data" / "test_profiles.jsonl").read_text(encoding="utf-8").splitlines()[5], encoding="utf-8"
+    )
+    flags = ["--steps", 16, "--lr", 5, "--entropy", 0.1, "--eval-every", every, "--patience", 2, "--checkpointing"]
+    flags += ["--max-new-tokens", 4, "--turns", 1]
+    flags += ["--validation-profiles", few_profiles, "--test-profiles", other]
     scored, real = [], train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *args, **kw: scored.append(args[3]) or real(*args, **kw))
-    assert run(tiny_folder, out, "--no-eval", "--validation-profiles", few_profiles, *flags) == 0
+
+    def watched(model, chat, simulator, profiles, *args, **settings):
+        scored.append((profiles, [p.detach().clone() for p in model.parameters()]))
+        return real(model, chat, simulator, profiles, *args, **settings)
+
+    monkeypatch.setattr(train, "evaluate", watched)
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **settings: Path(path).touch())  # which takes its time
+    assert run(tiny_folder, out, *flags) == 0
     score, step = json.loads((out / "best.json").read_text())
-    assert len(metrics_of(out)) == step + 2 < 9 and score >= 0
-    AutoModelForCausalLM.from_pretrained(out / "best")
-    assert json.loads((out / "config.json").read_text())["eval_every"] == 1
-    assert scored == [load_profiles(few_profiles)] * (step + 2)
+    assert len(metrics_of(out)) == step + 2 * every < 16 and step % every == 0 and score >= 0
+    assert json.loads((out / "config.json").read_text())["eval_every"] == every
+    validations = step // every + 2
+    assert [people for people, _ in scored] == [
+        load_profiles(other), *[load_profiles(few_profiles)] * validations, load_profiles(other)
+    ]  # fmt: skip
+    best, last = (AutoModelForCausalLM.from_pretrained(out / name).parameters() for name in ("best", "checkpoint"))
+    assert any((a != b).any() for a, b in zip(scored[-1][1], last))
+    assert all((a.float() == b.to(a.dtype).float()).all() for a, b in zip(scored[-1][1], best))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +174,19 @@ def test_held_out_dialogues_have_their_own_temperature(tiny_folder, tmp_path, fe
     assert {t["difficulty"] for t in held_out} == {"vanilla"}, "a score is the same whatever the training"
 
 
+def test_each_training_person_comes_with_every_hidden_intention(tiny_folder, tmp_path):
+    """Who wants what cannot be learned by heart: one person, eight groups, eight wishes with hints of their own."""
+    one = tmp_path / "one.jsonl"
+    one.write_text(
+        (ROOT / "data" / "train_profiles.jsonl").read_text(encoding="utf-8").splitlines()[0], encoding="utf-8"
+    )
+    flags = ["--no-eval", "--train-profiles", one, "--steps", 1, "--batch", 16, "--turns", 1, "--max-new-tokens", 2]
+    assert run(tiny_folder, tmp_path / "out", *flags, "--difficulty", "open") == 0
+    held = [json.loads(line) for line in (tmp_path / "out" / "transcripts.jsonl").read_text().splitlines()]
+    assert len({t["id"] for t in held}) == 1 and len({t["task"] for t in held}) == 8
+    assert len({t["history"][0]["content"] for t in held}) == 8, "an open user hints at once"
+
+
 def test_a_finished_run_is_not_overwritten(tiny_folder, tmp_path, capsys):
     assert run(tiny_folder, tmp_path / "out", "--no-eval", "--steps", 1) == 0
     assert run(tiny_folder, tmp_path / "out", "--no-eval", "--steps", 1) == 2
@@ -180,9 +214,18 @@ def test_evaluate_writes_a_result_and_pairs_models(tiny_folder, tmp_path, few_pr
     said = capsys.readouterr().out
     assert "per intention" in said and "no difference between" in said
     again = tmp_path / "again.json"
-    assert evaluate.main(["--rerun", str(out), "--out", str(again)]) == 0
+    assert evaluate.main(["--rerun", str(out), "--out", str(again), "--model", "/no/such/folder"]) == 0
     assert json.loads(again.read_text()) == result and "the scores may differ" not in capsys.readouterr().out
     assert evaluate.main(["--profiles", str(tmp_path / "absent"), "--out", str(out)]) == 2
+
+
+def test_greedy_replies_are_the_same_whatever_the_seed(tiny_folder, tmp_path, few_profiles):
+    out = tmp_path / "result.json"
+    flags = ["--model", tiny_folder, "--profiles", few_profiles, "--max-new-tokens", 4, "--seeds", 2, "--show", 0]
+    for temperature, different in ((0, 3), (1, 6)):
+        assert evaluate.main(list(map(str, [*flags, "--temperature", temperature, "--out", out]))) == 0
+        (held,) = json.loads(out.read_text())["dialogues"].values()
+        assert len({(t["id"], *(m["content"] for m in t["history"])) for t in held}) == different
 
 
 def test_standard_error():

@@ -6,6 +6,7 @@ import re
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, AnyReader, tiny_model
@@ -15,6 +16,7 @@ import evaluate
 import simulator as sim
 import train
 import users
+from generator import Generator
 from llm import LocalLLM, ServerLLM
 from offline_user import OfflineSimulator
 from rollout import make_batch, rollout
@@ -85,6 +87,7 @@ def test_an_appraisal_without_a_number_is_malformed(text):
         ("[THINK]praise[/THINK]Response: Well, no.", "Well, no."),
         ('Sure, here it is:\n```json\n{"Thinking": "t", "Response": "Well, no."}\n```', "Well, no."),
         ('{"Thinking": "a </think> b", "Response": "Well, no."}', "Well, no."),
+        ("Thinking: not yet [GOODBYE]\nOrigin: Bye. [GOODBYE]\nResponse: Well, no.", "Well, no."),
     ],
 )
 def test_a_message_is_read_in_any_dress(text, message):
@@ -192,6 +195,13 @@ def test_a_goodbye_that_the_llm_says_ends_the_dialogue(model, chat, profiles):
         )
 
 
+def test_a_prompted_user_leaves_when_it_has_had_enough(model, chat, profiles):
+    with Stub(lambda count, system, text: FIVE.format("-10") if "Change: one whole" in system else None) as stub:
+        simulator = PromptedSimulator(server(stub))
+        (dialogue,) = rollout(model, chat, simulator, profiles[:1], [7], Protocol(25, 5), max_new_tokens=3)
+    assert [turn.reaction.emotion for turn in dialogue.turns] == [15, 5]
+
+
 def test_what_the_prompts_say(profiles):
     with Stub() as stub:
         simulator = PromptedSimulator(server(stub))
@@ -241,7 +251,12 @@ def test_the_prompts_hold_the_emotion_of_each_turn_and_the_lines_of_the_difficul
     for system, text in ((m[0]["content"], m[-1]["content"]) for m in appraisals):
         assert sim.DIFFICULTY["challenging"][0] in system and sim.DIFFICULTY["vanilla"][0] not in system
         assert profiles[0].task in text and profiles[0].player in text
-    assert '{"other": "One."}' in appraisals[1][-1]["content"]
+    talk = [{"person": profiles[0].first_talk}, {"other": "One."}, {"person": first.message}]
+    assert json.dumps(talk, ensure_ascii=False) in appraisals[1][-1]["content"]
+    answer = next(r["messages"] for r in stub.requests if "Response: the message" in r["messages"][0]["content"])
+    assert f"# Emotion now\n{first.emotion} " in answer[-1]["content"], "the person speaks as they feel after the reply"
+    assert f'"Change": {first.appraisal.change}' in answer[-1]["content"]
+    assert sim.DIFFICULTY["challenging"][1] in answer[0]["content"]
 
 
 def test_a_change_line_inside_the_reply_is_quoted_data_and_not_what_is_parsed(profiles):
@@ -424,6 +439,53 @@ def test_retry_after_is_waited_for(profiles):
         assert 0.7 <= time.monotonic() - started
 
 
+def test_retry_after_is_not_waited_for_longer_than_allowed():
+    fault = lambda count, system, text: (429, {"Retry-After": "3600"}, b"", 0) if count == 1 else None
+    with Stub(fault) as stub:
+        assert server(stub, turn_timeout=5.0).answer("s", "t", sim.APPRAISE_SECTIONS)
+    assert len(stub.requests) == 2
+
+
+def test_no_answer_is_fetched_from_where_a_server_points():
+    with Stub() as other:
+        elsewhere = (307, {"Location": f"{other.url}/chat/completions"}, b"", 0)
+        with Stub(lambda count, system, text: elsewhere) as stub, pytest.raises(UserBroken, match="HTTP 307"):
+            server(stub).answer("s", "t", sim.APPRAISE_SECTIONS)
+    assert not other.requests
+
+
+def test_the_flags_name_the_prompted_users_difficulty_concurrency_and_cache(profiles, tmp_path):
+    """As many calls at once as --simulator-concurrency, one and no more; an answer is kept for the same model and prompt."""
+    now, most, lock = [0], [0], threading.Lock()
+
+    def answer(count, system, text):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.03)
+        with lock:
+            now[0] -= 1
+
+    def asked(model="m", difficulty="challenging", behaves=False):
+        flags = SimpleNamespace(
+            simulator=stub.url, simulator_model=model, simulator_concurrency=2, simulator_cache=tmp_path
+        )
+        simulator, before = users.make_simulator(flags, difficulty, adversarial=behaves), len(stub.requests)
+        people = [simulator.open(profile, 40).result() for profile in profiles[:4]]
+        assert all(future.result() for future in [simulator.submit(user, "Hm.") for user in people])
+        return len(stub.requests) - before
+
+    with Stub(answer) as stub:
+        assert asked() == 8 and most[0] == 2
+        assert sim.DIFFICULTY["challenging"][0] in stub.requests[0]["messages"][0]["content"]
+        assert (
+            asked() == 0
+            and asked(model="other") == 8
+            and asked(difficulty="vanilla") == 8
+            and asked(behaves=True) == 12
+        )
+
+
 def test_users_are_asked_all_at_once(profiles):
     everybody = threading.Barrier(16, timeout=60)  # no appraisal before sixteen are asked for
 
@@ -515,6 +577,32 @@ def test_a_step_with_too_many_broken_users_stops_and_can_go_on(tiny_folder, tmp_
     assert evaluate.main(["--verify", str(tmp_path / "o" / "transcripts.jsonl")]) == 0
 
 
+def test_a_run_goes_on_without_half_of_its_users_and_keeps_its_steps_when_all_break(tiny_folder, tmp_path, capsys):
+    """Two of four dialogues are dropped in each step; then no user answers any more, and no finished step is lost."""
+    lines = (ROOT / "data" / "test_profiles.jsonl").read_text(encoding="utf-8").splitlines()[:2]
+    (tmp_path / "two.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    sick, metrics = json.loads(lines[0])["player"], tmp_path / "o" / "metrics.jsonl"
+    gone = lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2
+    mended = []
+
+    def fault(count, system, text):
+        if sick in text or (gone() and not mended):
+            return (401, {}, b"", 0)
+
+    with Stub(fault) as stub:
+        flags = ("--group", "2", "--simulator", stub.url, "--simulator-model", "stub", "--steps", "3")
+        flags += ("--train-profiles", str(tmp_path / "two.jsonl"))
+        assert tiny_train(tiny_folder, tmp_path / "o", *flags) == 2
+        error = capsys.readouterr().err
+        assert "step 2: 4 of 4" in error and "go on with --resume" in error
+        before = metrics.read_text()
+        mended.append(True)
+        assert tiny_train(tiny_folder, tmp_path / "o", *flags, "--resume") == 0
+    assert metrics.read_text().startswith(before)
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [(row["step"], row["dropped"]) for row in rows] == [(0, 2), (1, 2), (2, 2)]
+
+
 @pytest.mark.parametrize("algo, think", [("ppo", ()), ("grpo", ("--think",))])
 def test_the_model_plays_its_own_user(algo, think, tiny_folder, tmp_path):
     flags = ("--algo", algo, "--group", "2", "--simulator", "self", *think)
@@ -531,6 +619,22 @@ def test_the_local_llm_answers_alone_as_in_a_batch_and_always_with_a_legal_chang
     assert answers == [together._fill([question], sim.APPRAISE_SECTIONS)[0] for question in questions]
     for answer in answers:
         assert -10 <= sim.parse_appraisal(answer).change <= 10
+
+
+def test_the_local_llm_reads_each_heading_at_the_start_of_a_line(tokenizer, profiles, monkeypatch):
+    """Also after a section that was cut at the token limit: what it reads is what a server's model would have written."""
+    fed, feed = [], Generator.feed
+    monkeypatch.setattr(Generator, "feed", lambda self, slots, pieces: fed.append(pieces) or feed(self, slots, pieces))
+    simulator = PromptedSimulator(LocalLLM(tiny_model(), tokenizer, max_section_tokens=5))
+    simulator.open(profiles[0], 40)
+    simulator.work()
+    simulator.submit(sim.User(profiles[0], 40, messages=["Well."]), "Hm.")
+    with contextlib.suppress(UserBroken):
+        simulator.work()
+    text = tokenizer.decode([token for pieces in fed for token in pieces[0]])
+    headings = [f"\n{name}:" for name in sim.APPRAISE_SECTIONS[1:]]
+    answer = text[text.index("Content:", text.index("Hm.")) :].split("<|im_start|>")[0]
+    assert [answer.count(heading) for heading in headings] == [1, 1, 1, 1]
 
 
 # --- adversarial users ------------------------------------------------------------------------------------------------
@@ -585,12 +689,16 @@ def test_verify_names_the_dialogue_that_does_not_add_up(model, chat, simulator, 
     assert evaluate.main(["--verify", str(path)]) == 2
 
 
-def test_sit_in_the_chair(monkeypatch, capsys):
+def test_sit_in_the_chair(monkeypatch, capsys, profiles):
     replies = iter(["That must be so hard.", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(replies))
     assert users.main([]) == 0
     out = capsys.readouterr().out
     assert re.search(r"[+-]\d+\.\d  \w+ \(\d+ %\)", out) and "they wanted:" in out
+    monkeypatch.setattr("builtins.input", lambda prompt: "...")  # nothing that a person would read
+    assert users.main(["--number", "2"]) == 0, "who has had enough leaves"
+    out = capsys.readouterr().out
+    assert profiles[1].first_talk in out and re.findall(r"^\[ *(\d+)\]", out, re.M) == ["40", "30", "20", "10", "0"]
     assert users.main(["--number", "999"]) == 2
     assert users.main(["--simulator", "nonsense"]) == 2
 

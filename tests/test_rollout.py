@@ -13,7 +13,7 @@ from transformers.generation import configuration_utils
 
 from generator import Generator, Slots, draw, flash, varlen
 from offline_user import OfflineSimulator
-from policy import Chat
+from policy import Chat, ModelError
 from rollout import make_batch, rollout, split_thinking
 from simulator import Protocol
 
@@ -222,6 +222,27 @@ def test_replayed_passes_draw_the_same_tokens(kind, temperature, chat, profiles,
     assert 2 <= len(captured) < passes / 4 and len(calls) == 2 * len(captured), "recorded anew only where slots grew"
 
 
+@pytest.mark.parametrize("bias", [3.0, 60.0])
+def test_log_probs_are_those_of_the_policy_that_sampled(bias, model, chat, profiles):
+    """Also of a token that was all but sure to come."""
+    model = biased_to_stop(model, chat, bias)
+    turns = [turn for dialogue in hold(model, chat, profiles[:3], temperature=0.8) for turn in dialogue.turns]
+    for turn in turns:
+        with torch.no_grad():
+            logits = model(torch.tensor([turn.prompt_ids + turn.sampled_ids])).logits[0, len(turn.prompt_ids) - 1 : -1]
+        expected = (logits / 0.8).log_softmax(-1)[range(len(turn.sampled_ids)), turn.sampled_ids]
+        assert turn.log_probs == pytest.approx(expected.tolist(), abs=2e-4)
+    surest = max(log_prob for turn in turns for log_prob in turn.log_probs)
+    assert surest > -1e-5 if bias == 60 else surest < 0
+
+
+def test_a_model_with_sliding_windows_is_refused(model, chat, profiles):
+    """Its layers would have to forget what a slot holds."""
+    model.config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    with pytest.raises(ModelError, match="layers of sliding_attention"):
+        hold(model, chat, profiles[:1])
+
+
 def test_seeds_decide(model, chat, profiles):
     ids = lambda dialogues: [[t.sampled_ids for t in d.turns] for d in dialogues]
     same = [profiles[0]] * 3
@@ -363,6 +384,15 @@ def test_sampling_follows_the_temperature():
     counts = torch.bincount(ids, minlength=3) / 4000
     assert torch.allclose(counts, torch.softmax(logits[0] / 0.5, -1), atol=0.03)
     assert log_probs[0].item() == pytest.approx(torch.log_softmax(logits[0] / 0.5, -1)[ids[0]].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_a_token_that_cannot_come_is_never_drawn(uniform):
+    """Not at the first and last number that a uniform draw can give either, whatever rounding makes of the sum."""
+    logits = torch.randn(500, 258, generator=torch.Generator().manual_seed(0))
+    logits[:, [0, -1]] = -torch.inf
+    ids, log_probs = draw(logits, 1.0, torch.full((500,), uniform))
+    assert set(ids.tolist()) <= ({1} if uniform == 0 else set(range(200, 257))) and log_probs.isfinite().all()
 
 
 def test_chat_takes_templates_without_a_system_role(tokenizer):

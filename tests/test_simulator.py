@@ -22,6 +22,7 @@ from offline_user import (
     change_of,
     guards,
     next_fact,
+    next_message,
     points_for,
 )
 from reader import ACTS, Reader
@@ -60,7 +61,7 @@ class Scripted:
         self.calls = []
 
     def read(self, texts):
-        self.calls.append(list(texts))
+        self.calls.append([(tuple(messages), reply) for messages, reply in texts])
         return [{reply.split()[0].lower().strip(",."): 100} for _, reply in texts]
 
 
@@ -297,6 +298,7 @@ def test_the_same_frame_with_other_words_of_the_story_is_the_same_reply():
         first,
         "It must be so hard to see the boiler like that.",
         "IT MUST be so hard to see that hall, like that!",
+        "It must be so very hard to look at the boiler like that now.",
     ):
         assert hear(again, first) == ["again"]
         assert hear(again, first, "Tell me what he said in March.") == ["again"], "however long ago"
@@ -390,6 +392,14 @@ def test_the_first_word_is_on_the_reply_and_varies(character, profiles):
         assert all(openings) and len(set(openings)) >= 3
 
 
+def test_who_was_not_moved_is_not_pleased_and_does_not_hint(profiles):
+    for profile in profiles:
+        user = User(profile, 50, "open", messages=[profile.first_talk])
+        said = next_message(user, "Hm.", 0)
+        assert opening_of(said, DISPLEASED[profile.main_cha]) and not any(hint in said for hint in profile.hints)
+        assert any(hint in next_message(user, "Hm.", -1) for hint in profile.hints)
+
+
 @pytest.mark.parametrize("character", CHARACTERS)
 def test_they_thank_when_content_and_leave_when_they_have_had_enough(character, profiles):
     one = next(profile for profile in profiles if profile.main_cha == character)
@@ -434,6 +444,17 @@ def test_all_who_wait_are_read_in_one_call_and_guarded_replies_not_at_all(profil
     ]  # fmt: skip
     simulator.work()
     assert len(simulator.waiting) == 0 and all(len(user.replies) == 1 for user in users), "nobody waits"
+
+
+def test_a_reply_is_read_beside_all_that_was_said(profiles):
+    simulator = OfflineSimulator(Scripted())
+    user = simulator.open(profiles[0], 60).result()
+    for reply in said("beside")[:3]:
+        heard = tuple(user.messages)
+        simulator.submit(user, reply)
+        simulator.work()
+        assert simulator.reader.calls[-1] == [(heard, reply)]
+    assert len(heard) == 3
 
 
 def test_nothing_to_read_is_no_error(tiny_reader):

@@ -186,6 +186,7 @@ CASES = {  # name: (turns and rewards, how far the sampler's log-probs are off, 
     "no reference": (TERMINAL, 0.7, {}, set()),
     "a dropped dialogue": (DROPPED, 0.7, {"micro_tokens": 30}, {"weight"}),
     "clipped gradients": (PER_TURN, 0.0, {"max_grad_norm": 0.5}, {"norm"}),
+    "a group at a time": (PER_TURN, 0.7, {"group": 2, "micro_tokens": 45}, set()),
     "two epochs": (PER_TURN, 0.7, {"epochs": 2, "micro_tokens": 30}, {"ratio", "weight"}),
 }
 
@@ -323,7 +324,7 @@ def ppo_run(home, tmp_path_factory):
 @pytest.fixture(scope="module", params=["terminal", "mixed"])
 def grpo_run(request, home, tmp_path_factory):
     flags = "--algo grpo --group 2 --steps 2 --warmup 1 --lr-end 0.5 --gamma 0.5".split()
-    flags += ["--reward", request.param, "--no-std" if request.param == "terminal" else "--std"]
+    flags += ["--reward", request.param, "--std" if request.param == "terminal" else "--no-std"]
     return run(home, tmp_path_factory.mktemp("grpo") / "out", *flags), request.param
 
 
@@ -344,6 +345,16 @@ def test_every_dialogue_has_its_own_seed_and_everybody_has_their_turn(ppo_run, g
     assert drawn[:6] != drawn[6:12] and other.rollouts[0][0] != drawn[:4]
     for people, *_ in grpo_run[0].rollouts:
         assert people[0] == people[1] != people[2] == people[3]
+
+
+def test_everybody_is_drawn_once_in_each_epoch_wherever_a_step_begins():
+    people, orders = [Profile(**person) for person in PEOPLE], set()
+    for seed in range(3):
+        drawn = [person.id for step in range(9) for person in train.draw_profiles(people, step, 4, seed)]
+        epochs = [tuple(drawn[first : first + 6]) for first in range(0, 36, 6)]
+        assert all(sorted(epoch) == [person["id"] for person in PEOPLE] for epoch in epochs)
+        orders |= set(epochs)
+    assert len(orders) > 15
 
 
 def test_every_step_has_every_hidden_intention_equally_often():
@@ -405,8 +416,8 @@ def test_a_resumed_run_is_the_same_run(ppo_run, home, tmp_path):
 
 
 def test_rewards_and_advantages_follow_from_the_transcripts(grpo_run):
-    """From the logged emotions: terminal, and mixed, which is half of it and half of each turn's change; --gamma and --no-std
-    reach the advantages."""
+    """From the logged emotions: terminal, and mixed, which is half of it and half of each turn's change; --gamma and --std
+    reach the advantages (a group of two has the same ones whatever gamma is, if they are divided by its deviation)."""
     seen, kind = grpo_run
     for step, (batch, advantages_N) in enumerate(zip(seen.batches, seen.advantages)):
         for d, transcript in enumerate(row for row in seen.transcripts if row["step"] == step):
@@ -415,7 +426,7 @@ def test_rewards_and_advantages_follow_from_the_transcripts(grpo_run):
             for t, reward in enumerate(mixed if kind == "mixed" else [0.0, last / 100]):
                 rewards = batch.reward_N[(batch.dialogue_N == d) & (batch.turn_N == t)]
                 assert rewards[-1] == pytest.approx(reward) and (rewards[:-1] == 0).all()
-        settings = dict(per_turn=kind == "mixed", gamma=0.5, std=kind == "mixed")
+        settings = dict(per_turn=kind == "mixed", gamma=0.5, std=kind == "terminal")
         assert torch.allclose(advantages_N, group_advantages_slowly(batch, 2, **settings), atol=1e-6)
     assert max(advantages_N.abs().max() for advantages_N in seen.advantages) > 0
 
@@ -487,6 +498,7 @@ def test_rewards_of_all_kinds_but_not_of_a_dropped_dialogue(model, chat):
     other.dropped, other.user.emotion = "its user broke down", 100
     assert set(make_batch([other, dialogue], "mixed").dialogue_N.tolist()) == {1}
     expected = {"dropped": 1, "emotion": 10, "change_per_turn": -2.5, "reward": -0.05, "failure": 0, "success": 0}
+    expected |= {"reply_tokens": 3, "stopped": 0, "truncated": 2, "format_errors": 0}
     both = [other, dialogue]
     metrics = logs.rollout_metrics(both, [d.transcript() for d in both], "delta")
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
