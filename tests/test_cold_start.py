@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import sft
 from exchanges import HELD_OUT_AUTHORS, Exchange, load_exchanges
-from offline_user import DISPLEASED, PLEASED
+from offline_user import DISPLEASED
 from policy import Policy, load_model
 from rollout import Dialogue, Turn
 from sft import LONGEST, cold_start, loss_on, train_on, written_dialogues
@@ -53,18 +53,20 @@ def test_only_good_short_replies_of_authors_that_are_not_held_out_are_learned(pe
 @pytest.mark.parametrize("think", (False, True))
 def test_the_person_tells_the_story_in_order_and_is_displeased_where_it_hints(persons, chat, think):
     """What the model learns to answer is what the offline user says: a word on the reply before, one more piece, a hint."""
-    hints = {(p.id, hint) for p in with_every_intention(persons) for hint in p.hints}
+    everyone = with_every_intention(persons)
+    hints = {(p.id, hint) for p in everyone for hint in p.hints}
+    pleased = {(p.id, p.intention): p.pleased for p in everyone}
     written, hinted = {(e.id, e.reply): e for e in load_exchanges()}, 0
     for dialogue in written_dialogues(persons[:8], chat, think):
         person, told = dialogue.user.profile, []
         story = (person.first_talk, *person.facts)
         for turn in dialogue.turns:
-            at = written[person.id, turn.reply].turn
+            at, act = (getattr(written[person.id, turn.reply], name) for name in ("turn", "act"))
             told += [at] * (at not in told)
             said = re.findall(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", chat.tokenizer.decode(turn.prompt_ids), re.S)
             assert [next(k for k, piece in enumerate(story) if piece in text) for text in said] == told
             hint = any(hint in said[-1] for who, hint in hints if who == person.id)
-            words = (DISPLEASED if hint else PLEASED)[person.main_cha]
+            words = [*DISPLEASED[person.main_cha], *([] if hint else pleased[person.id, act])]
             assert said[-1].startswith(tuple(words) if len(told) > 1 else person.first_talk)
             hinted += hint and len(told) > 1
     assert told == sorted(told) and len(told) > 3 and hinted > 20

@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT
 
 from exchanges import HELD_OUT_AUTHORS, Exchange, examples_of, load_exchanges, shares_of, split
-from offline_user import DISPLEASED, PLEASED
+from offline_user import DISPLEASED
 from reader import ACTS, Features, Head, fit_head, measure
 from simulator import INTENTIONS, load_profiles
 
@@ -65,7 +65,7 @@ def test_examples_are_what_a_user_would_have_said_and_made_up_ones_no_answer_to_
         assert example.messages[0] == story[max(0, e.turn - 1)] and story[e.turn] in example.messages[-1]
         if e.turn:
             hint = any(hint in example.messages[1] for hint in person.hints)
-            words = [*DISPLEASED[person.main_cha], *([] if hint else PLEASED[person.main_cha])]
+            words = [*DISPLEASED[person.main_cha], *([] if hint else person.pleased)]
             assert example.messages[1].startswith(tuple(words)), "who is pleased gives no hint"
             hinted += hint
     assert [example.exchange for example in examples[: len(exchanges)]] == exchanges
