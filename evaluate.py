@@ -442,7 +442,7 @@ def beyond(args, models: dict, dialogues: dict, results: dict, held: dict) -> No
 def hold(args, model, tokenizer) -> list[dict]:
     """Transcripts of a model's dialogues with every profile and seed."""
     profiles = load_profiles(args.profiles, offline=args.simulator == "offline")
-    chat = Chat(tokenizer, instructions(args.think))
+    chat = Chat(tokenizer, instructions(args.think), model)
     llm = LocalLLM(model, tokenizer, args.eager) if args.simulator == "self" else None
     users = make_simulator(args, args.difficulty, llm, args.user == "adversarial")
     sampling = {name: getattr(args, name) for name in "think max_new_tokens temperature slots eager".split()}

@@ -199,7 +199,7 @@ class LocalLLM:
         prompts = []
         for system, text in questions:
             if system not in self.chats:
-                self.chats[system] = Chat(self.tokenizer, system)
+                self.chats[system] = Chat(self.tokenizer, system, self.model)
             prompts.append(self.chats[system].opening(text))
         stop_ids = {*self.line_ends, *self.chats[questions[0][0]].stop_ids}
         trunk = min(common_prefix(prompts), min(map(len, prompts)) - 1)

@@ -13,7 +13,8 @@
 
 Presets
     laptop  no CUDA: SmolLM2-135M, a cold start on written replies, GRPO, `delta` rewards, only the upper layers trained
-    paper   CUDA: Qwen2.5-7B-Instruct, PPO, the paper's settings (arXiv 2507.03112, section 3 and its script)
+    paper   CUDA: Qwen2.5-7B-Instruct, PPO, the paper's settings (arXiv 2507.03112, section 3 and its script); the user is
+            prompted, and played by the frozen initial policy unless --simulator names a server
 
 Deliberate deviations from the paper, laptop preset only
     - `delta` rewards without discount over turns (gamma 0): each reply is credited with the emotion change that it caused
@@ -33,6 +34,7 @@ import resource
 import shutil
 import sys
 import time
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -42,16 +44,17 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as sd
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 import grpo
 import ppo
-from distributed import copy_weights, deal, shard
+from distributed import copy_weights, deal, shard, world_size
 from evaluate import compare, evaluate, print_dialogue, summarize, verdict, write_json
-from generator import MESSAGE_TOKENS
+from generator import bytes_per_token, columns_for
 from llm import LocalLLM
 from policy import (
     DTYPES,
@@ -75,11 +78,15 @@ from sft import cold_start
 from simulator import RLVER, SAGE, Protocol, UserBroken, load_profiles, with_every_intention, write_whole
 from users import add_simulator_flags, make_simulator
 
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves alone
+HEAD_TOKENS = 40  # before a dialogue
+USER_TOKENS = 4096  # of one question to a user played in this process: rules, person, conversation
 MOST_DROPPED = 0.5  # share of a step's dialogues whose user may break down
 DATA = Path(__file__).parent / "data"
 PRESETS = ("laptop", "paper")
 SETTINGS = {  # flag: its default per preset
     "algo": ("grpo", "ppo"),
+    "simulator": ("offline", "self"),
     "model": (SMOLLM2, "Qwen/Qwen2.5-7B-Instruct"),
     "cold_start": ("exchanges", "none"),
     "reward": ("delta", "terminal"),
@@ -101,6 +108,7 @@ SETTINGS = {  # flag: its default per preset
     "train_layers": (20, None),
     "checkpointing": (False, True),
     "micro_tokens": (3000, 16384),
+    "save_every": (10, 50),
 }
 
 
@@ -118,7 +126,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     add("--dtype", choices=tuple(DTYPES), help="to compute in (default: bfloat16 where this machine does it fast)")
     add_simulator_flags(parser)
-    parser.set_defaults(difficulty=None)  # a preset's; held-out users are vanilla ones always
+    parser.set_defaults(difficulty=None, simulator=None)  # a preset's; held-out users are vanilla ones always
     add("--reward", choices=("terminal", "delta", "mixed"), help="final emotion; change per turn; mean of both")
     add("--gamma", type=float, help="discount from one turn to the next")
     add("--lam", type=float, default=1.0, help="GAE lambda (PPO)")
@@ -153,7 +161,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--test-profiles", default=str(DATA / "test_profiles.jsonl"))
     add("--seed", type=int, default=0)
     add("--out", default="out", help="folder for metrics, curves, transcripts and the checkpoint")
-    add("--save-every", type=int, default=10, help="steps between checkpoints")
+    add("--save-every", type=int, help="steps between checkpoints")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--eval-every", type=int, help="steps between scores on validation profiles; the best model is kept")
     add("--patience", type=int, default=3, help="with --eval-every: scores without a new best before the run stops")
@@ -236,41 +244,37 @@ def draw_curves(out: Path) -> None:
     (out / "curves.tmp.png").replace(out / "curves.png")
 
 
-WHOLE = sd.StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded, so that any number of ranks can go on
-
-
 def save_checkpoint(out: Path, step: int, models) -> None:
-    """out/checkpoint for `from_pretrained`, out/trainer.pt for --resume; each whole or not at all, trainer.pt last.
-
-    Every rank must call this; rank 0 writes."""
-    pairs = zip(models.modules, models.optimizers)
-    states, optimizer_states = zip(*(sd.get_state_dict(*pair, options=WHOLE) for pair in pairs))
-    if PartialState().is_main_process:
-        save_model(models.policy.model, models.tokenizer, out / "checkpoint", plain_weights(states[0]))
-        torch.save({"step": step, "modules": states, "optimizers": optimizer_states}, out / "trainer.tmp.pt")
-        (out / "trainer.tmp.pt").replace(out / "trainer.pt")
+    """out/checkpoint for `from_pretrained`: the model that samples, in its dtype. out/trainer-STEP for --resume: master weights
+    and Adam's moments in float32, of which each rank writes its own part. Every rank must call this."""
+    main_process = PartialState().is_main_process
+    if main_process:
+        save_model(models.sampler, models.tokenizer, out / "checkpoint")
+    dcp.save(trainer_state(models, step), checkpoint_id=out / f"trainer-{step}", no_dist=world_size() == 1)
+    for old in out.glob("trainer-*") if main_process else ():
+        if old != out / f"trainer-{step}":
+            shutil.rmtree(old)
     PartialState().wait_for_everyone()
 
 
-def save_best(out: Path, models) -> None:
-    """out/best: the model with the best validation score so far. Every rank must call this."""
-    state = sd.get_model_state_dict(models.policy, options=WHOLE)
-    if PartialState().is_main_process:
-        save_model(models.policy.model, models.tokenizer, out / "best", plain_weights(state))
-    PartialState().wait_for_everyone()
+def last_checkpoint(out: Path) -> Path | None:
+    """The newest whole trainer-STEP: its .metadata is written when everything else has been."""
+    whole = [path.parent for path in out.glob("trainer-*/.metadata")]
+    return max(whole, key=lambda folder: int(folder.name.removeprefix("trainer-")), default=None)
 
 
-def plain_weights(state: dict) -> dict:
-    """Weights of a Policy as those of a model that `from_pretrained` loads."""
-    return {name.removeprefix("model."): value for name, value in state.items()}
+def trainer_state(models, step: int) -> dict:
+    """What --resume needs. The tensors are the models' own, or the parts of them that this rank has."""
+    pairs = [sd.get_state_dict(*pair) for pair in zip(models.modules, models.optimizers)]
+    return {"step": step, "modules": [pair[0] for pair in pairs], "optimizers": [pair[1] for pair in pairs]}
 
 
-def load_checkpoint(out: Path, models) -> int:
-    """Put the state of out/trainer.pt into the models, sharded or not; return the next step."""
-    state = torch.load(out / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
-    saved = zip(models.modules, models.optimizers, state["modules"], state["optimizers"], strict=True)
-    for *pair, weights, moments in saved:
-        sd.set_state_dict(*pair, model_state_dict=weights, optim_state_dict=moments, options=WHOLE)
+def load_checkpoint(folder: Path, models) -> int:
+    """Put what any number of ranks has saved into the models, sharded or not; return the next step."""
+    state = trainer_state(models, 0)
+    dcp.load(state, checkpoint_id=folder, no_dist=world_size() == 1)
+    for *pair, weights, moments in zip(models.modules, models.optimizers, state["modules"], state["optimizers"]):
+        sd.set_state_dict(*pair, model_state_dict=weights, optim_state_dict=moments)
     models.follow()
     return state["step"]
 
@@ -321,83 +325,114 @@ def rollout_metrics(dialogues, reward: str) -> dict:
 # --- The plan: what a run needs, before anything is loaded ------------------------------------------------------------
 
 
-def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
-    """(GB per GPU and component, dialogues that there is room for), counted from the model's config.json alone; gpus 0: this computer's
-    CPU, in float32.
+def count(module, trained=False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
-    Weights, gradients and Adam's two moments are float32 and sharded; the sampler is whole and in bf16. Rollout and update
-    never overlap, so the peak is what stays plus the larger of the two. Without --slots, all of a rank's dialogues are held
-    at once where --gpu-memory has room for them, else as many as it has room for.
-    """
-    config = load_config(args.model)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    train_upper_layers(model, args.train_layers)
 
-    def count(module, trained=False):
-        return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
-
-    ranks, width = max(1, gpus), compute_dtype("cpu", args.dtype or ("bfloat16" if gpus else None)).itemsize
-    rows = max(1, args.batch // ranks)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    key_width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    head = 40  # tokens before the dialogue
+def update_memory(args, model, gpus: int, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes per device that an update needs beside weights, gradients and moments, at the longest possible micro-batch."""
+    config, ranks, layers = model.config, max(1, gpus), model.config.num_hidden_layers
+    head, width, token = HEAD_TOKENS, dtype.itemsize, bytes_per_token(config, dtype)
     columns = head + args.turns * (args.max_new_tokens + 45)  # of a dialogue's history
-    slot = head + args.turns * (args.max_new_tokens + MESSAGE_TOKENS)  # tokens that the cache holds of each dialogue
     together = max(1, args.micro_tokens // columns)  # dialogues in a forward pass
     shared = 0 if args.checkpointing or ranks > 1 else head  # computed once for all of them
     tokens = shared + together * (columns - shared)
-    sampled = together * args.turns * args.max_new_tokens
-    # Numbers that a layer keeps of each token for its backward pass; with checkpointing one layer does, the others their input.
-    per_token = 8 * config.hidden_size + 3 * key_width + 4 * config.intermediate_size
-    layers = config.num_hidden_layers
+    # Numbers that a layer keeps of each token for its backward pass; with checkpointing that one does which is at work, the
+    # others keep their input.
+    per_token = 12 * config.hidden_size + 4 * config.intermediate_size
     kept_layers = layers if args.train_layers is None else min(layers, args.train_layers)
-    per_token = per_token + layers * config.hidden_size if args.checkpointing else kept_layers * per_token
-    per_token += 2 * config.intermediate_size + 4 * config.hidden_size  # gradients of the layer that is at work
-    activations = tokens * width * per_token + 2 * layers * key_width * width * together * shared
+    kept = layers * config.hidden_size if args.checkpointing else kept_layers * per_token
+    gradients = 2 * config.intermediate_size + 4 * config.hidden_size
+    at_work = tokens * width * (args.checkpointing * per_token + gradients)
+    activations = tokens * width * kept + token * together * shared
     if not gpus or args.eager:
         activations += 4 * together * columns**2  # a dense mask
     # Float32, four times: logits, log-probs, probabilities, gradient.
+    sampled = together * args.turns * args.max_new_tokens
     logits = 16 * min(sampled, LOGITS_AT_ONCE) * config.vocab_size
     ends = count(model) - count(model.base_model.layers)  # embedding, head, last norm
     two_layers = 2 * count(model.base_model.layers) / layers
     # Several GPUs gather weights and, for all ranks' sum, gradients; one has autocast's bf16 copies of the weights.
     gathered = width * (two_layers + 2 * ends) + 4 * two_layers if ranks > 1 else 0
-    if gpus == 1:
-        gathered = width * count(model)
+    return {
+        "update: activations": activations,
+        "update: at work": max(logits, at_work),  # the head or a layer, never both
+        "update: gathered weights": width * count(model) if gpus == 1 else gathered,
+    }
+
+
+def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
+    """(GB per device and component, dialogues that there is room for), counted from the model's config.json alone; gpus 0: this
+    computer's CPU.
+
+    Weights, gradients and Adam's two moments are float32 and sharded; sampler and user are whole and in bf16, and wait in the
+    host's memory during updates. Rollout and update never overlap, so the peak is what stays plus the larger of the two.
+    Without --slots, all of a rank's dialogues are held at once where --gpu-memory has room for them, else as many as it has
+    room for. Last, beside the device: what waits in the host's memory, and the disk that checkpoints need, new beside old.
+    """
+    config = load_config(args.model)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    train_upper_layers(model, args.train_layers)
+    ppo, user = args.algo == "ppo", args.simulator == "self"
+    dtype = compute_dtype("cpu", args.dtype or ("bfloat16" if gpus else None))
+    ranks, token = max(1, gpus), bytes_per_token(config, dtype)
+    rows = max(1, args.batch // ranks)
+    copy = dtype.itemsize * count(model)
+    copied = gpus or args.checkpointing or dtype != torch.float32
+    slot = HEAD_TOKENS + columns_for(args.turns, args.max_new_tokens, args.think)
+    state = lambda module: 4 * count(module) + 8 * count(module, True)  # weights and moments
+    away = "rollout: " if gpus else ""  # where a GPU's host takes it in meanwhile
     plan = {
         "weights": 4 * count(model) / ranks,
         "gradients": 4 * count(model, True) / ranks,
         "optimizer": 8 * count(model, True) / ranks,
-        "critic": (args.algo == "ppo") * (4 * count(model.base_model) + 12 * count(model.base_model, True)) / ranks,
+        "critic": ppo * (state(model.base_model) + 4 * count(model.base_model, True)) / ranks,
         "reference": 4 * count(model) / ranks if args.kl > 0 else 0,
-        "sampler": width * count(model) if ranks > 1 or args.checkpointing or gpus else 0,
-        "simulator": width * count(model) if args.simulator == "self" else 0,
-        "process": 1.5e9 if gpus == 0 else 1.0e9,  # on a CPU with what the allocator keeps of freed memory
-        "rollout: KV cache": 2 * layers * key_width * width * rows * slot,
-        "update: activations": activations,
-        "update: logits": logits,
-        "update: gathered weights": gathered,
+        "process": 1.0e9 if gpus else 1.5e9,  # on a CPU with what the allocator keeps of freed memory
+        f"{away}sampler": copy if copied else 0,
+        f"{away}user": copy * user,
+        "rollout: user's KV cache": token * rows * USER_TOKENS * user,
+        "rollout: KV cache": token * rows * slot,
     }
-    plan = {name: size / 1e9 for name, size in plan.items()}
-    room = 0.9 * args.gpu_memory - sum(size for name, size in plan.items() if ":" not in name)
+    plan = {name: size / 1e9 for name, size in (plan | update_memory(args, model, gpus, dtype)).items()}
+    total = lambda phase: sum(size for name, size in plan.items() if name.partition(":")[0] == phase or ":" not in name)
+    room = 0.9 * args.gpu_memory - (total("rollout") - plan["rollout: KV cache"])
     fitting = args.slots or max(1, int(rows * room / plan["rollout: KV cache"]))
     plan["rollout: KV cache"] *= min(rows, fitting) / rows
-    phases = [sum(size for name, size in plan.items() if name.startswith(phase)) for phase in ("rollout", "update")]
-    return plan | {"peak": sum(size for name, size in plan.items() if ":" not in name) + max(phases)}, fitting
+    plan["peak"] = max(total("rollout"), total("update"))
+    waiting = sum(plan.get(f"rollout: {name}", 0) for name in ("sampler", "user"))
+    saved = state(model) + ppo * state(model.base_model) + (1 + bool(args.eval_every)) * copy
+    return plan | {"host, of all ranks": ranks * waiting, "disk": 2 * saved / 1e9}, fitting
 
 
-def check_memory(plan: dict[str, float], memory_gb: float) -> None:
+def check_memory(plan: dict[str, float], args) -> None:
     """Raise ValueError with advice where the plan does not fit."""
-    if plan["peak"] > memory_gb:
-        most = sorted((name for name in plan if name != "peak"), key=plan.get, reverse=True)[:2]
-        advice = {"KV": "--max-new-tokens or --batch", "activations": "--micro-tokens, or --checkpointing"}
-        advice |= {"logits": "--micro-tokens", "gathered": "the model"}
-        otherwise = "the model, or more GPUs"
+    if plan["peak"] > args.gpu_memory:
+        here = list(plan)[: list(plan).index("peak")]
+        most = sorted(here, key=plan.get, reverse=True)[:2]
+        # A micro-batch is a dialogue at least.
+        alone = args.micro_tokens < 2 * args.turns * args.max_new_tokens
+        shorter = "lower --max-new-tokens or --turns" if alone else "lower --micro-tokens"
+        advice = {"KV": "lower --max-new-tokens or --batch", "at work": shorter}
+        advice |= {"activations": shorter if args.checkpointing else "choose --checkpointing"}
+        otherwise = "take a smaller model or more GPUs"
         change = [next((a for key, a in advice.items() if key in name), otherwise) for name in most]
         raise ValueError(
-            f"needs about {plan['peak']:.0f} GB of {memory_gb:.0f} GB per device, most of it for "
-            f"{most[0]} ({plan[most[0]]:.0f} GB) and {most[1]} ({plan[most[1]]:.0f} GB): lower {change[0]}; or {change[1]}"
+            f"needs about {plan['peak']:.0f} GB of {args.gpu_memory:.0f} GB per device, most of it for "
+            f"{most[0]} ({plan[most[0]]:.0f} GB) and {most[1]} ({plan[most[1]]:.0f} GB): "
+            + ", or ".join(dict.fromkeys(change))
+        )
+
+
+def check_disk(plan: dict[str, float], out: Path) -> None:
+    """Raise OSError where the checkpoints would not fit. What the run has there already counts: it will be replaced."""
+    folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    held = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    free, needed = (shutil.disk_usage(folder).free + held) / 1e9, max(1.0, plan["disk"])
+    if free < needed:
+        raise OSError(
+            f"--out {out}: {free:.0f} GB of disk left, checkpoints need {needed:.0f} GB (the new beside the old)"
         )
 
 
@@ -409,16 +444,7 @@ def print_plan(args) -> None:
     print(f"{args.model}, {what}, {where}, {slots} dialogues at once: GB per device")
     for name, size in plan.items():
         print(f"  {name:26}{size:8.1f}")
-    if gpus:  # an H100's rate, at the share of it that such code reaches: 40 % of 990 Tflop/s, 60 % of 3.35 TB/s
-        history = 40 + args.turns * (args.max_new_tokens + 45)
-        parameters = plan["weights"] * gpus * 1e9 / 4
-        passes = (8 if args.checkpointing else 6) * (2 if args.algo == "ppo" else 1) + 2 * (args.kl > 0)
-        update = passes * parameters * args.batch * history / (gpus * 0.4 * 990e12)
-        cache = plan["rollout: KV cache"] * 1e9 / 2
-        decode = args.turns * args.max_new_tokens * (2 * parameters + cache) / (0.6 * 3.35e12)
-        seconds = f"rollout {decode:.0f}, update {update:.0f}"
-        print(f"  seconds per step, at most: {seconds} (every reply at --max-new-tokens)")
-    check_memory(plan, args.gpu_memory)
+    check_memory(plan, args)
     print(f"  fits into {args.gpu_memory:.0f} GB")
 
 
@@ -437,18 +463,33 @@ class Models:
     local_llm: LocalLLM | None  # plays the user with --simulator self
     modules: list
     optimizers: list
+    device: str
+
+    def only_for_rollouts(self) -> list[torch.nn.Module]:
+        copies = [self.sampler] if self.sampler is not self.policy.model else []
+        return copies + ([self.local_llm.model] if self.local_llm else [])
+
+    def make_room(self) -> None:
+        """What only rollouts need waits in the host's memory while the update needs the GPU's."""
+        for model in self.only_for_rollouts():
+            model.to("cpu")
 
     def follow(self) -> None:
-        """Give the sampler the policy's weights."""
+        """Bring it back, and give the sampler the policy's weights."""
+        for model in self.only_for_rollouts():
+            model.to(self.device)
         if self.sampler is not self.policy.model:
             copy_weights(self.policy, self.sampler)
 
 
 def load_models(args, device: str, dtype: torch.dtype, ranks: int, start: str = "") -> Models:
     """`start`: the model after the cold start, where there was one."""
-    # Weights that are trained are float32. What will be sharded waits in the CPU's memory.
-    home = "cpu" if ranks > 1 else device
-    model, tokenizer = load_model(start or args.model, home, torch.float32)
+    # Weights that are trained are float32. What will be sharded waits in the CPU's memory as it was stored: every rank has all
+    # of it there, and `shard` makes its own part float32.
+    if ranks > 1:
+        model, tokenizer = load_model(start or args.model, "cpu", "auto")
+    else:
+        model, tokenizer = load_model(start or args.model, device, torch.float32)
     local_llm = None
     if args.simulator == "self":
         local_llm = LocalLLM(frozen_copy(model, device, dtype), tokenizer, args.eager)
@@ -456,6 +497,9 @@ def load_models(args, device: str, dtype: torch.dtype, ranks: int, start: str = 
     sampler = frozen_copy(model, device, dtype) if copied else model
     if device == "cuda" and not args.eager:
         model.set_attn_implementation("flex_attention")  # in updates; the generator has its own
+        torch._dynamo.config.fail_on_recompile_limit_hit = (
+            True  # uncompiled it would hold all scores: T x T for each head
+        )
     whole_or_sharded = lambda module: shard(module, dtype) if ranks > 1 else module
     reference = None
     if args.kl > 0:
@@ -470,7 +514,7 @@ def load_models(args, device: str, dtype: torch.dtype, ranks: int, start: str = 
         torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=lr, weight_decay=0.0, fused=True)
         for module, lr in zip(modules, (args.lr, args.critic_lr))
     ]
-    return Models(tokenizer, policy, reference, critic, sampler, local_llm, modules, optimizers)
+    return Models(tokenizer, policy, reference, critic, sampler, local_llm, modules, optimizers, device)
 
 
 def train(args) -> None:
@@ -483,7 +527,7 @@ def train(args) -> None:
     make_simulator(args, args.difficulty)  # a wrong flag ends the run before anything is written
     if not args.resume and (out / "metrics.jsonl").exists():
         raise ValueError(f"--out {out}: holds a run already; choose another folder or go on with --resume")
-    resumed = args.resume and (out / "trainer.pt").exists()  # a run killed before its first checkpoint begins anew
+    resumed = args.resume and last_checkpoint(out)  # a run killed before its first checkpoint begins anew
     if args.resume and not resumed and not (out / "metrics.jsonl").exists():
         raise ValueError(f"--resume: no checkpoint in {out}")
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # ranks wait for slow users and for checkpoints
@@ -498,7 +542,8 @@ def train(args) -> None:
     dtype = compute_dtype(device, args.dtype)
     plan, fitting = memory_plan(args, ranks if device == "cuda" else 0)
     slots = min(fitting, args.batch // ranks)
-    check_memory(plan, args.gpu_memory)
+    check_memory(plan, args)
+    check_disk(plan, out)
     out.mkdir(parents=True, exist_ok=True)
     if args.track:
         accelerator.init_trackers("rlver", config={k: v for k, v in vars(args).items() if v is not None})
@@ -508,10 +553,10 @@ def train(args) -> None:
         with accelerator.main_process_first():  # the others find it made
             start = str(cold_start(args.model, args.think, args.train_layers, dtype, persons, validation_profiles))
     models = load_models(args, device, dtype, ranks, start)
-    chat = Chat(models.tokenizer, instructions(args.think))
+    chat = Chat(models.tokenizer, instructions(args.think), models.sampler)
     simulator = make_simulator(args, args.difficulty, models.local_llm)
     test_simulator = make_simulator(args, "vanilla", models.local_llm)  # whatever it trains with: a score is SAGE's
-    first_step = load_checkpoint(out, models) if resumed else 0
+    first_step = load_checkpoint(resumed, models) if resumed else 0
     if main_process:
         for name in ("metrics.jsonl", "transcripts.jsonl"):
             keep_steps_before(out / name, first_step)
@@ -566,7 +611,7 @@ def train(args) -> None:
         if problem := broken_users(all_dialogues, ranks):
             if step > first_step:
                 save_checkpoint(out, step, models)
-            again = "go on with --resume" if (out / "trainer.pt").exists() else "start again"
+            again = "go on with --resume" if last_checkpoint(out) else "start again"
             raise UserBroken(f"step {step}: {problem}; mend the simulator and {again}")
         batch = make_batch(all_dialogues, args.reward)
         # For the update the dialogues are dealt anew: as many tokens for every rank.
@@ -574,10 +619,8 @@ def train(args) -> None:
         part, index_n = batch.part(deal(sampled, ranks)[rank])
         clock.append(time.perf_counter())
 
-        for optimizer, lr in zip(models.optimizers, (args.lr, args.critic_lr)):
-            for group in optimizer.param_groups:
-                warm = min(1.0, (step + 1) / max(1, args.warmup))
-                group["lr"] = lr * warm * (1 - (1 - args.lr_end) * step / args.steps)
+        models.make_room()
+        set_learning_rates(models.optimizers, step, args)
         if args.algo == "grpo":
             settings = dict(per_turn=args.reward != "terminal", gamma=args.gamma, std=args.std)
             all_advantages_N, flat_groups = grpo.group_advantages(batch, args.group, **settings)
@@ -608,12 +651,11 @@ def train(args) -> None:
         stop = False
         if args.eval_every and (step + 1) % args.eval_every == 0:
             score = summarize(held_out(models.sampler, validation_profiles))["score"]
-            best_score, best_step = json.loads(best.read_text()) if best.exists() else (-1.0, 0)
-            accelerator.wait_for_everyone()  # every rank has read it
-            if score > best_score:
-                save_best(out, models)
-                if main_process:
-                    write_json(best, [score, step + 1])
+            so_far = json.loads(best.read_text()) if main_process and best.exists() else [-1.0, 0]
+            best_score, best_step = broadcast_object_list(so_far)  # a shared disk may still show others an old one
+            if main_process and score > best_score:
+                save_model(models.sampler, models.tokenizer, out / "best")
+                write_json(best, [score, step + 1])
             if main_process:
                 tqdm.write(f"step {step:3d}  validation score {score:.1f}, best before {best_score:.1f}")
             stop = score <= best_score and step + 1 - best_step >= args.patience * args.eval_every
@@ -632,6 +674,14 @@ def train(args) -> None:
             base = load_model(args.model, device, dtype)[0]
             report(out, after, guard(sampler, models.tokenizer, base))
     accelerator.end_training()
+
+
+def set_learning_rates(optimizers, step: int, args) -> None:
+    """Linear warm-up, then linear decay to --lr-end."""
+    for optimizer, lr in zip(optimizers, (args.lr, args.critic_lr)):
+        for group in optimizer.param_groups:
+            warm = min(1.0, (step + 1) / max(1, args.warmup))
+            group["lr"] = lr * warm * (1 - (1 - args.lr_end) * step / args.steps)
 
 
 def broken_users(dialogues, ranks: int) -> str:
@@ -682,10 +732,6 @@ def main(argv=None) -> int:
         if args.plan:
             print_plan(args)
             return 0
-        out = Path(args.out).absolute()
-        folder = next(path for path in (out, *out.parents) if path.exists())
-        if shutil.disk_usage(folder).free < 2**30:
-            raise OSError(f"--out {args.out}: less than 1 GB of disk left")
         train(args)
     except (ValueError, UserBroken, OSError) as error:  # ProfileError and ModelError are ValueErrors
         print(f"train.py: {error}", file=sys.stderr)

@@ -111,6 +111,45 @@ def test_what_is_no_message_of_the_person_is_malformed(text):
         sim.parse_message(text, sim.INTENTIONS["praise"])
 
 
+LEAKS = {  # intention -> what is the task sentence all but word by word
+    "advice": "I want advice that helps me out of the situation.",
+    "empathy": "What I want is for the other to feel deeply what I feel rather than hear comfort.",
+    "listen": "I want you, the other, to listen attentively while I let my feelings out.",
+    "praise": "I want praise, sincere, for the concrete things!",
+    "reflect": "You know, I want to be guided to reflect on what happened and grow from it.",
+    "balance": "Fine. I want a balanced analysis of what happened that sees both sides.",
+    "motives": "I just want to understand why other people acted like that.",
+    "blameless": "I believe I did nothing wrong and want you to agree, like any other.",
+}
+SPOKEN = {  # what such a person may well say
+    "advice": "What on earth should I do in this situation? Nobody has any real help.",
+    "empathy": "You feel nothing of what I feel, do you? Don't comfort me.",
+    "listen": "Just listen for once, while I get this out.",
+    "praise": "Nobody said one sincere word about the things I did for them.",
+    "reflect": "I keep asking myself what happened there, and what was my part.",
+    "balance": "There were two sides to it, I know, what with both of them shouting.",
+    "motives": "I don't understand how other people can do that to a friend.",
+    "blameless": "I did nothing wrong! Do you want me to believe otherwise?",
+}
+
+
+@pytest.mark.parametrize("intention", LEAKS)
+def test_nobody_says_the_task_sentence_in_other_words(intention):
+    task = sim.INTENTIONS[intention]
+    with pytest.raises(Malformed, match="hidden intention"):
+        sim.parse_message(f"Response: {LEAKS[intention]}", task)
+    said = SPOKEN[intention]
+    assert sim.parse_message(f"Response: {said}", task) == (said, False)
+    with pytest.raises(Malformed):
+        sim.parse_message("Response: My hidden intention is another.", task)
+
+
+def test_no_hint_of_a_profile_is_taken_for_the_task_sentence():
+    for profile in sim.load_profiles(ROOT / "data" / "test_profiles.jsonl"):
+        for said in (profile.first_talk, *profile.facts, *profile.hints):
+            sim.parse_message(f"Response: {said}", profile.task)
+
+
 def test_people_may_speak_of_machines_and_of_what_they_want():
     for said in ("You sound like a language model.", "I work as an AI engineer.", "I want praise, is that so odd?"):
         assert sim.parse_message(f"Response: {said}", sim.INTENTIONS["praise"]) == (said, False)
