@@ -64,10 +64,9 @@ def without_surrogates(text: str) -> str:
 
 def gist(text: str) -> set[str]:
     """What a sentence says in whatever order: its words of four letters and more, its pairs of Chinese characters."""
-    pairs = (text[n : n + 2] for n in range(len(text) - 1))
-    return {*re.findall(r"[^\W\d\u4e00-\u9fff]{4,}", text.lower())} | {
-        p for p in pairs if re.fullmatch("[\u4e00-\u9fff]+", p)
-    }
+    words = re.findall(r"[^\W\d\u4e00-\u9fff]{4,}", text.lower())
+    pairs = [text[n : n + 2] for n in range(len(text) - 1)]
+    return {*words, *(pair for pair in pairs if re.fullmatch("[\u4e00-\u9fff]+", pair))}
 
 
 def quoted(said) -> str:

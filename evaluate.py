@@ -297,7 +297,7 @@ def main(argv=None) -> int:
     add("--think", action="store_true", help="think-then-say format")
     add("--temperature", type=float, default=0.3, help="0 is greedy; the laptop preset trains at 0.7")
     add("--max-new-tokens", type=int, default=24, help="per reply, thinking included")
-    add("--slots", type=int, help="dialogues held at once (default: all): bounds the KV cache's memory")
+    add("--slots", type=int, help="dialogues held at once (default: all, or as many as a GPU has memory for)")
     add("--eager", action="store_true", help="on a GPU: plain attention, no CUDA graphs")
     add("--seed", type=int, default=0)
     add("--seeds", type=int, default=1, help="hold every dialogue with this many seeds, from --seed on")

@@ -497,9 +497,8 @@ def load_models(args, device: str, dtype: torch.dtype, ranks: int, start: str = 
     sampler = frozen_copy(model, device, dtype) if copied else model
     if device == "cuda" and not args.eager:
         model.set_attn_implementation("flex_attention")  # in updates; the generator has its own
-        torch._dynamo.config.fail_on_recompile_limit_hit = (
-            True  # uncompiled it would hold all scores: T x T for each head
-        )
+        # Compiled too often it would fall back to holding all scores, T x T for each head: rather an error.
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     whole_or_sharded = lambda module: shard(module, dtype) if ranks > 1 else module
     reference = None
     if args.kl > 0:
