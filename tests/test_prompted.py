@@ -322,6 +322,12 @@ FAULTS = {
     "no number at all": (lambda n: FIVE.format("much better"), "malformed answer, twice"),
     "an empty answer": (lambda n: "", "malformed answer, twice"),
     "1 MB of text": (lambda n: "x" * 2**20, "malformed answer, twice"),
+    "thinking that leaks": (lambda n: "<think>She wants praise.\nResponse: Hm.", "malformed answer, twice"),
+    "every field refused": (lambda n: (400, {}, b"unsupported: temperature", 0), "HTTP 400"),
+    "cut for ever": (
+        lambda n: (200, {}, completion("Response: And then", "length"), 0),
+        "an answer cut at 2048 tokens",
+    ),
     "change +15": (lambda n: None, ""),
     "special tokens": (lambda n: None, ""),
 }
