@@ -50,6 +50,9 @@ FILLER = re.compile(
 )
 
 
+MOST_OF_THE_TASK = 0.75  # share of its gist that no message may hold
+
+
 class Malformed(ValueError):
     """An answer of the LLM that does not hold what was asked for; the message names what is missing."""
 
@@ -57,6 +60,13 @@ class Malformed(ValueError):
 def without_surrogates(text: str) -> str:
     """Half of a character pair, which JSON can spell but no file can hold, becomes a question mark."""
     return text.encode("utf-8", "replace").decode()
+
+
+def gist(text: str) -> set[str]:
+    """What a sentence says in whatever order: its words of four letters and more, its pairs of Chinese characters."""
+    words = re.findall(r"[^\W\d\u4e00-\u9fff]{4,}", text.lower())
+    pairs = [text[n : n + 2] for n in range(len(text) - 1)]
+    return {*words, *(pair for pair in pairs if re.fullmatch("[\u4e00-\u9fff]+", pair))}
 
 
 def quoted(said) -> str:
@@ -142,7 +152,7 @@ def parse_message(text: str, task: str = "", alone: bool = False) -> tuple[str, 
         raise Malformed("the section 'Response' with the person's message, and nothing else, is missing")
     if len(message) > LONGEST_MESSAGE:
         raise Malformed(f"the message has {len(message)} characters, at most {LONGEST_MESSAGE} are allowed")
-    wish = re.findall(r"[^\W你]{5,}", task.lower())
-    if wish and all(word in message.lower() for word in wish):
+    wish = gist(task)
+    if len(wish) > 2 and len(wish & gist(message)) >= MOST_OF_THE_TASK * len(wish):
         raise Malformed("the message names the hidden intention, which the person never says")
     return message, leaves

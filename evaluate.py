@@ -169,7 +169,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--think", action="store_true", help="think-then-say format")
     add("--temperature", type=not_negative, default=0.3, help="0 is greedy; the laptop preset trains at 0.7")
     add("--max-new-tokens", type=positive_int, default=24, help="per reply, thinking included")
-    add("--slots", type=positive_int, help="dialogues held at once (default: all): bounds the KV cache's memory")
+    add(
+        "--slots",
+        type=positive_int,
+        help="dialogues held at once (default: all, or as many as a GPU has memory for)",
+    )
     add("--eager", action="store_true", help="on a GPU: plain attention, no CUDA graphs")
     add("--seed", type=int, default=0)
     add("--seeds", type=positive_int, default=1, help="hold every dialogue with this many seeds, from --seed on")
@@ -332,7 +336,7 @@ def beyond(args, models: dict, dialogues: dict, results: dict, held: dict) -> No
 def hold(args, model, tokenizer) -> list[dict]:
     """Transcripts of a model's dialogues with every profile and seed."""
     profiles = load_profiles(args.profiles, offline=args.simulator == "offline")
-    chat = Chat(tokenizer, instructions(args.think))
+    chat = Chat(tokenizer, instructions(args.think), model)
     llm = LocalLLM(model, tokenizer, args.eager) if args.simulator == "self" else None
     users = make_simulator(args, args.difficulty, llm, args.user == "adversarial")
     sampling = {name: getattr(args, name) for name in "think max_new_tokens temperature slots eager".split()}

@@ -21,6 +21,36 @@ except ImportError:  # an older torch
 from policy import ModelError
 
 MESSAGE_TOKENS = 64  # of a user's message, foreseen in a slot
+REPLY_TOKENS = 200  # of a reply whose thinking has left its slot again, likewise
+
+
+def columns_for(turns: int, max_new_tokens: int, think: bool) -> int:
+    """Tokens of a whole dialogue that a slot is made for: the longest replies, or with thinking one such and usual ones."""
+    if think:
+        return max_new_tokens + turns * (MESSAGE_TOKENS + min(REPLY_TOKENS, max_new_tokens))
+    return turns * (MESSAGE_TOKENS + max_new_tokens)
+
+
+def key_shape(config) -> tuple[int, int]:
+    """(key-value heads, width of each)."""
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return kv_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def bytes_per_token(config, dtype: torch.dtype) -> int:
+    """Of the cache: keys and values in all layers."""
+    kv_heads, width = key_shape(config)
+    return 2 * config.num_hidden_layers * kv_heads * width * dtype.itemsize
+
+
+def slots_with_room(model, columns: int) -> int:
+    """Slots of so many tokens for which a GPU has memory left, with a tenth to spare; a CPU bounds nothing."""
+    head = model.get_output_embeddings().weight
+    if head.device.type != "cuda":
+        return 2**31
+    torch.cuda.empty_cache()  # what the allocator keeps of freed memory is free
+    free, _ = torch.cuda.mem_get_info(head.device)
+    return max(1, int(0.9 * free / (columns * bytes_per_token(model.config, head.dtype))))
 
 
 class Slots(Cache):
@@ -38,10 +68,11 @@ class Slots(Cache):
         if other:
             other = ", ".join(other)
             raise ModelError(f"{config.name_or_path}: has layers of {other}; only full attention is supported")
+        if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "dynamic":
+            problem = "its rotary frequencies change with the longest dialogue (rope type dynamic), which would move all others"
+            raise ModelError(f"{config.name_or_path}: {problem}")
         self.backend = products if eager else backend_for(self.device, self.dtype)
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.shape = config.num_hidden_layers, slots, kv_heads, width
+        self.shape = config.num_hidden_layers, slots, *key_shape(config)
         self.keys = self.values = torch.empty(0)
         self._make_room(columns)
         self.length = [0] * slots  # tokens that each slot holds

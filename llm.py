@@ -4,14 +4,14 @@ llm.start(steps)    runs a generator of questions (system, text, section names) 
 llm.work()          does what is queued in this process
 """
 
-import json
 import os
-import random
 import re
 import threading
 import time
 from concurrent.futures import Future
 from urllib.parse import urlsplit
+
+import openai
 
 from answers import without_surrogates
 from generator import Generator
@@ -35,24 +35,23 @@ def in_thread(work, *args) -> Future:
 
 
 class ServerLLM:
-    """An OpenAI-compatible server. Every call is bounded in time, size and attempts, and a user's whole turn in time;
-    different dialogues run concurrently.
+    """An OpenAI-compatible server, by OpenAI's own client, which tries again and backs off. A user's whole turn is bounded in
+    time, whatever the network does; different dialogues run concurrently.
 
     The key comes from RLVER_API_KEY, or for OpenAI itself OPENAI_API_KEY, and goes nowhere but into the request's header.
     """
 
-    RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
     OPTIONAL = ("response_format", "temperature", "max_tokens")  # fields that some servers refuse
 
-    def __init__(
-        self, url, model, concurrency=32, timeout=60.0, attempts=5, longest_wait=60.0, temperature=0.0, turn_timeout=300.0,
-    ):  # fmt: skip
+    def __init__(self, url, model, concurrency=32, timeout=60.0, attempts=5, temperature=0.0, turn_timeout=300.0):
         self.url, self.model, self.temperature = url.rstrip("/"), model, temperature
-        self.timeout, self.attempts, self.longest_wait = timeout, attempts, longest_wait
         self.name = f"{self.url} {model} {temperature}"
         self.turn_timeout = turn_timeout
         self.refused = set()  # of OPTIONAL, by this server
         self.slots = threading.Semaphore(concurrency)
+        openais = f".{urlsplit(self.url).hostname}".endswith(".openai.com")
+        key = os.environ.get("RLVER_API_KEY") or (openais and os.environ.get("OPENAI_API_KEY")) or "none"
+        self.client = openai.OpenAI(api_key=key, base_url=self.url, timeout=timeout, max_retries=attempts - 1)
 
     def start(self, steps) -> Future:
         return in_thread(self._run, steps)
@@ -73,45 +72,43 @@ class ServerLLM:
     def answer(
         self, system: str, text: str, sections: tuple[str, ...], integers: tuple[str, ...] = (), deadline: float = 0.0
     ) -> str:
-        """Ask until an answer comes; raise UserBroken at the deadline, after `attempts` failures, or at once where asking again
-        is useless. `integers` are the sections that are whole numbers, beside an appraisal's Change."""
+        """The answer; raise UserBroken at the deadline, or where asking again is useless. `integers` are the sections that are
+        whole numbers, beside an appraisal's Change."""
         deadline = deadline or time.monotonic() + self.turn_timeout
         body = self._body(system, text, sections, integers)
-        dropped, too_long, reason = set(), None, "no time left"
-        for attempt in range(self.attempts):
+        dropped, too_long, reason = set(), None, ""
+        for _ in range(2 + len(self.OPTIONAL)):  # without what this server refuses, and once with more tokens
             for name in self.refused | dropped:
                 body.pop(name, None)
-            wait = 0.5 * 2**attempt * (1 + random.random())  # exponential back-off with jitter
-            try:
-                status, headers, content = self._post_within(body, min(self.timeout, deadline - time.monotonic()))
-                if status == 200:
-                    choice = json.loads(content)["choices"][0]
-                    answer = without_surrogates(choice["message"]["content"] or "")
-                    if choice.get("finish_reason") != "length":
-                        self.refused |= set() if too_long else dropped  # it was them: the next question goes without
-                        return answer
-                    reason = f"an answer cut at {body.get('max_tokens', 'most')} tokens"
-                    if body.get("max_tokens") != 512:
-                        break
-                    body["max_tokens"], wait = 2048, 0.0  # a model that thinks before it answers
-                else:
-                    reason = f"HTTP {status}"
-                    doubtful = self._doubtful(body, content) if status in (400, 422) else set()
-                    if not doubtful and status not in self.RETRIED:
-                        break
-                    dropped, wait = dropped | doubtful, 0.0 if doubtful else wait
-                    too_long = too_long or re.search(rb"context|too (long|large|many)", content, re.I)
-                    if re.fullmatch(r"\d+(\.\d+)?", headers.get("Retry-After", "")):
-                        wait = float(headers["Retry-After"])
-            except OSError as error:  # requests' errors are OSErrors: refused, reset, timed out, no such address
-                reason = type(error).__name__
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                reason = "an answer that is no chat completion"
-            if time.monotonic() >= deadline:
+            try:  # The client's own time-outs are renewed by every byte. A thread given up ends with its connection.
+                asked = in_thread(lambda: self.client.chat.completions.create(**body))
+                choice = asked.result(timeout=max(0.0, deadline - time.monotonic())).choices[0]
+                answer = without_surrogates(choice.message.content or "")
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                reason = f"HTTP {error.status_code}"
+                doubtful = self._doubtful(body, error.response.content)
+                if not doubtful:
+                    break
+                dropped |= doubtful
+                too_long = too_long or re.search(rb"context|too (long|large|many)", error.response.content, re.I)
+                continue
+            except openai.APIStatusError as error:
+                reason = f"HTTP {error.status_code}"
                 break
-            if attempt + 1 < self.attempts:
-                time.sleep(max(0.0, min(wait, self.longest_wait, deadline - time.monotonic())))
-        raise UserBroken(f"{self.url}: {reason} (after {attempt + 1} attempts)")
+            except (openai.APIConnectionError, TimeoutError) as error:
+                reason = type(error).__name__
+                break
+            except (openai.OpenAIError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                reason = "an answer that is no chat completion"
+                break
+            if choice.finish_reason != "length":
+                self.refused |= set() if too_long else dropped  # it was them: the next question goes without
+                return answer
+            reason = f"an answer cut at {body.get('max_tokens', 'most')} tokens"
+            if body.get("max_tokens") != 512:
+                break
+            body["max_tokens"] = 2048  # a model that thinks before it answers
+        raise UserBroken(f"{self.url}: {reason}")
 
     def _body(self, system: str, text: str, sections: tuple[str, ...], integers: tuple[str, ...]) -> dict:
         example = zip(("user", "assistant"), FORMAT_EXAMPLES.get(sections, ()))
@@ -128,31 +125,6 @@ class ServerLLM:
         """The fields that may be why the server refuses this request: those it names, or else the schema."""
         there = {name for name in self.OPTIONAL if name in body}
         return {name for name in there if name.encode() in content} or there & {"response_format"}
-
-    def _post_within(self, body: dict, seconds: float):
-        """`_post`, given up after so long whatever the network does: headers in a trickle renew a socket's time-out for ever.
-        The thread that is left ends with its connection; nobody hears it."""
-        if seconds <= 0:
-            raise TimeoutError
-        return in_thread(self._post, body).result(timeout=seconds)
-
-    def _post(self, body: dict, most_bytes: int = 2**18):
-        import requests
-
-        openai = f".{urlsplit(self.url).hostname}".endswith(".openai.com")
-        key = os.environ.get("RLVER_API_KEY") or (openai and os.environ.get("OPENAI_API_KEY"))
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        deadline = time.monotonic() + self.timeout
-        settings = dict(json=body, headers=headers, timeout=self.timeout, stream=True, allow_redirects=False)
-        with requests.post(f"{self.url}/chat/completions", **settings) as response:
-            content = b""
-            while piece := response.raw.read1(2**16, decode_content=True):  # what has come: a trickle ends in time too
-                content += piece
-                if len(content) > most_bytes:
-                    raise ValueError("too long")
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-            return response.status_code, response.headers, content
 
 
 class LocalLLM:
@@ -199,7 +171,7 @@ class LocalLLM:
         prompts = []
         for system, text in questions:
             if system not in self.chats:
-                self.chats[system] = Chat(self.tokenizer, system)
+                self.chats[system] = Chat(self.tokenizer, system, self.model)
             prompts.append(self.chats[system].opening(text))
         stop_ids = {*self.line_ends, *self.chats[questions[0][0]].stop_ids}
         trunk = min(common_prefix(prompts), min(map(len, prompts)) - 1)

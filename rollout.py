@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from generator import MESSAGE_TOKENS, Generator
+from generator import Generator, columns_for, slots_with_room
 from prefix_tree import Sequences
 from simulator import Profile, Protocol, Reaction, User, UserBroken, emotion_state
 
@@ -174,14 +174,14 @@ def rollout(
 
     There is no barrier between turns: each pass takes one more token of every reply in the making, and the messages of the
     users who have answered meanwhile (users played in this process answer when nobody speaks, all at once). At most `slots`
-    dialogues are held at once (None: all); the next one takes the slot of one that has ended.
+    dialogues are held at once (None: all, or as many as a GPU has memory for); the next one takes the slot of one that has ended.
     """
     dialogues = [Dialogue(User(profile, protocol.start), protocol.start) for profile in profiles]
     if not profiles:
         return []
     randoms = [torch.Generator().manual_seed(seed) for seed in seeds]
-    free = list(range(min(slots or len(profiles), len(profiles))))
-    columns = protocol.turns * (max_new_tokens + MESSAGE_TOKENS)
+    columns = columns_for(protocol.turns, max_new_tokens, think)
+    free = list(range(min(slots or slots_with_room(model, columns), len(profiles))))
     generator = Generator(
         model, slots=len(free), columns=columns, trunk_ids=chat.head, temperature=temperature, eager=eager
     )

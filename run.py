@@ -11,8 +11,8 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from evaluate import write_json
 from extras.logs import keep_steps_before
-from extras.plan import check_memory, memory_plan
-from models import Models, load_checkpoint, load_models
+from extras.plan import check_disk, check_memory, memory_plan
+from models import Models, last_checkpoint, load_checkpoint, load_models
 from policy import Chat, compute_dtype
 from rollout import instructions
 from sft import cold_start
@@ -62,7 +62,8 @@ def prepare(args: Namespace) -> Run:
     torch.manual_seed(args.seed)
     dtype = compute_dtype(device, args.dtype)
     plan, fitting = memory_plan(args, ranks if device == "cuda" else 0)
-    check_memory(plan, args.gpu_memory)
+    check_memory(plan, args)
+    check_disk(plan, out)
     out.mkdir(parents=True, exist_ok=True)
     if args.track:
         accelerator.init_trackers("rlver", config={k: v for k, v in vars(args).items() if v is not None})
@@ -85,22 +86,22 @@ def prepare(args: Namespace) -> Run:
         test_profiles=test_profiles,
         start=start,
         models=models,
-        chat=Chat(models.tokenizer, instructions(args.think)),
+        chat=Chat(models.tokenizer, instructions(args.think), models.sampler),
         simulator=make_simulator(args, args.difficulty, models.local_llm),
         test_simulator=make_simulator(args, "vanilla", models.local_llm),
         slots=min(fitting, args.batch // ranks),
         test_slots=max(1, fitting * args.turns // SAGE.turns),
-        first_step=load_checkpoint(out, models) if resumed else 0,
+        first_step=load_checkpoint(resumed, models) if resumed else 0,
     )
     if run.main:
         announce(run, plan["rollout: KV cache"])
     return run
 
 
-def check_out(args: Namespace) -> bool:
-    """Whether there is a checkpoint to go on from; a run killed before its first one begins anew."""
+def check_out(args: Namespace) -> Path | None:
+    """The checkpoint to go on from, if any; a run killed before its first one begins anew."""
     out = Path(args.out)
-    begun, resumed = (out / "metrics.jsonl").exists(), args.resume and (out / "trainer.pt").exists()
+    begun, resumed = (out / "metrics.jsonl").exists(), last_checkpoint(out) if args.resume else None
     if begun and not args.resume:
         raise ValueError(f"--out {out}: holds a run already; choose another folder or go on with --resume")
     if args.resume and not resumed and not begun:

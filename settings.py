@@ -6,7 +6,8 @@
 
 Presets
     laptop  no CUDA: SmolLM2-135M, a cold start on written replies, GRPO, `delta` rewards, only the upper layers trained
-    paper   CUDA: Qwen2.5-7B-Instruct, PPO, the paper's settings (arXiv 2507.03112, section 3 and its script)
+    paper   CUDA: Qwen2.5-7B-Instruct, PPO, the paper's settings (arXiv 2507.03112, section 3 and its script); the user is
+            prompted, and played by the frozen initial policy unless --simulator names a server
 
 Deliberate deviations from the paper, laptop preset only
     - `delta` rewards without discount over turns (gamma 0): each reply is credited with the emotion change that it caused
@@ -34,6 +35,7 @@ DATA = Path(__file__).parent / "data"
 PRESETS = ("laptop", "paper")
 SETTINGS = {  # flag: its default per preset
     "algo": ("grpo", "ppo"),
+    "simulator": ("offline", "self"),
     "model": (SMOLLM2, "Qwen/Qwen2.5-7B-Instruct"),
     "cold_start": ("exchanges", "none"),
     "reward": ("delta", "terminal"),
@@ -55,6 +57,7 @@ SETTINGS = {  # flag: its default per preset
     "train_layers": (20, None),
     "checkpointing": (False, True),
     "micro_tokens": (3000, 16384),
+    "save_every": (10, 50),
 }
 
 
@@ -85,7 +88,7 @@ def add_dialogue_flags(parser) -> None:
     add("--cold-start", choices=("exchanges", "none"), help="supervised learning on written replies first (sft.py)")
     add("--think", action="store_true", help="think-then-say: every reply is <think> ... </think> reply")
     add_simulator_flags(parser)
-    parser.set_defaults(difficulty=None)  # a preset's; held-out users are vanilla ones always
+    parser.set_defaults(difficulty=None, simulator=None)  # a preset's; held-out users are vanilla ones always
     add("--turns", type=positive_int, help="replies per dialogue at most")
     add("--max-new-tokens", type=positive_int, help="per reply, thinking included")
     add("--temperature", type=positive_float, help="of sampling; log-probs are of the same distribution")
@@ -124,7 +127,7 @@ def add_run_flags(parser) -> None:
     add("--seed", type=int, default=0)
     add("--out", default="out", help="folder for metrics, curves, transcripts and the checkpoint")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--save-every", type=positive_int, default=10, help="steps between checkpoints")
+    add("--save-every", type=positive_int, help="steps between checkpoints")
     add("--eval-every", type=positive_int, help="steps between scores on validation profiles; the best model is kept")
     add("--patience", type=positive_int, default=3, help="--eval-every's scores without a new best, then the run stops")
     add("--eval-temperature", type=not_negative, default=0.7, help="of held-out and validation dialogues; 0: greedy")

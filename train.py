@@ -12,14 +12,12 @@ Flags and presets are in settings.py: `python train.py --help`.
 
 import json
 import random
-import shutil
 import sys
 import time
 from argparse import Namespace
 from itertools import zip_longest
-from pathlib import Path
 
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 import grpo
@@ -29,8 +27,8 @@ from evaluate import evaluate, summarize, write_json
 from extras import logs
 from extras.plan import print_plan
 from extras.probes import guard
-from models import save_best, save_checkpoint
-from policy import load_model
+from models import last_checkpoint, save_checkpoint
+from policy import load_model, save_model
 from rollout import Batch, Dialogue, make_batch, rollout
 from run import Run, prepare
 from settings import parse_args
@@ -115,7 +113,7 @@ def stop_if_broken(run: Run, step: int, dialogues: list[Dialogue]) -> None:
         return
     if step > run.first_step:
         save_checkpoint(run.out, step, run.models)
-    again = "go on with --resume" if (run.out / "trainer.pt").exists() else "start again"
+    again = "go on with --resume" if last_checkpoint(run.out) else "start again"
     problem = f"{len(reasons)} of {len(dialogues)} simulated users broke down, most recently: {reasons[-1]}"
     raise UserBroken(f"step {step}: {problem}; mend the simulator and {again}")
 
@@ -125,6 +123,7 @@ def update(run: Run, step: int, batch: Batch) -> dict:
     args, models = run.args, run.models
     sampled = batch.dialogue_N.bincount(minlength=args.batch).tolist()
     part, index_n = batch.part(deal(sampled, run.ranks)[run.rank])
+    models.make_room()
     set_learning_rates(models.optimizers, step, args)
     if args.algo == "grpo":
         settings = dict(per_turn=args.reward != "terminal", gamma=args.gamma, std=args.std)
@@ -164,12 +163,11 @@ def validate(run: Run, step: int) -> bool:
     if not args.eval_every or (step + 1) % args.eval_every:
         return False
     score = summarize(held_out(run, run.models.sampler, run.validation_profiles))["score"]
-    best_score, best_step = json.loads(best.read_text()) if best.exists() else (-1.0, 0)
-    run.accelerator.wait_for_everyone()  # every rank has read it
-    if score > best_score:
-        save_best(run.out, run.models)
-        if run.main:
-            write_json(best, [score, step + 1])
+    so_far = json.loads(best.read_text()) if run.main and best.exists() else [-1.0, 0]
+    best_score, best_step = broadcast_object_list(so_far)  # a shared disk may still show others an old one
+    if run.main and score > best_score:
+        save_model(run.models.sampler, run.models.tokenizer, run.out / "best")
+        write_json(best, [score, step + 1])
     if run.main:
         tqdm.write(f"step {step:3d}  validation score {score:.1f}, best before {best_score:.1f}")
     return score <= best_score and step + 1 - best_step >= args.patience * args.eval_every
@@ -224,10 +222,6 @@ def main(argv=None) -> int:
         if args.plan:
             print_plan(args)
             return 0
-        out = Path(args.out).absolute()
-        folder = next(path for path in (out, *out.parents) if path.exists())
-        if shutil.disk_usage(folder).free < 2**30:
-            raise OSError(f"--out {args.out}: less than 1 GB of disk left")
         train(args)
     except (ValueError, UserBroken, OSError) as error:  # ProfileError and ModelError are ValueErrors
         print(f"train.py: {error}", file=sys.stderr)

@@ -1,89 +1,126 @@
-"""What a run needs of memory and time, counted before anything is loaded (`python train.py --plan`)."""
+"""What a run needs of memory and disk, counted before anything is loaded (`python train.py --plan`)."""
+
+import shutil
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from generator import MESSAGE_TOKENS
+from generator import bytes_per_token, columns_for
 from policy import LOGITS_AT_ONCE, compute_dtype, load_config, train_upper_layers
 
+HEAD_TOKENS = 40  # before a dialogue
+USER_TOKENS = 4096  # of one question to a user played in this process: rules, person, conversation
 
-def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
-    """(GB per GPU and component, dialogues that there is room for), counted from the model's config.json alone; gpus 0: this computer's
-    CPU, in float32.
 
-    Weights, gradients and Adam's two moments are float32 and sharded; the sampler is whole and in bf16. Rollout and update
-    never overlap, so the peak is what stays plus the larger of the two. Without --slots, all of a rank's dialogues are held
-    at once where --gpu-memory has room for them, else as many as it has room for.
-    """
-    config = load_config(args.model)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    train_upper_layers(model, args.train_layers)
+def count(module, trained=False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
-    def count(module, trained=False):
-        return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
-    ranks, width = max(1, gpus), compute_dtype("cpu", args.dtype or ("bfloat16" if gpus else None)).itemsize
-    rows = max(1, args.batch // ranks)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    key_width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    head = 40  # tokens before the dialogue
+def update_memory(args, model, gpus: int, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes per device that an update needs beside weights, gradients and moments, at the longest possible micro-batch."""
+    config, ranks, layers = model.config, max(1, gpus), model.config.num_hidden_layers
+    head, width, token = HEAD_TOKENS, dtype.itemsize, bytes_per_token(config, dtype)
     columns = head + args.turns * (args.max_new_tokens + 45)  # of a dialogue's history
-    slot = head + args.turns * (args.max_new_tokens + MESSAGE_TOKENS)  # tokens that the cache holds of each dialogue
     together = max(1, args.micro_tokens // columns)  # dialogues in a forward pass
     shared = 0 if args.checkpointing or ranks > 1 else head  # computed once for all of them
     tokens = shared + together * (columns - shared)
-    sampled = together * args.turns * args.max_new_tokens
-    # Numbers that a layer keeps of each token for its backward pass; with checkpointing one layer does, the others their input.
-    per_token = 8 * config.hidden_size + 3 * key_width + 4 * config.intermediate_size
-    layers = config.num_hidden_layers
+    # Numbers that a layer keeps of each token for its backward pass; with checkpointing that one does which is at work, the
+    # others keep their input.
+    per_token = 12 * config.hidden_size + 4 * config.intermediate_size
     kept_layers = layers if args.train_layers is None else min(layers, args.train_layers)
-    per_token = per_token + layers * config.hidden_size if args.checkpointing else kept_layers * per_token
-    per_token += 2 * config.intermediate_size + 4 * config.hidden_size  # gradients of the layer that is at work
-    activations = tokens * width * per_token + 2 * layers * key_width * width * together * shared
+    kept = layers * config.hidden_size if args.checkpointing else kept_layers * per_token
+    gradients = 2 * config.intermediate_size + 4 * config.hidden_size
+    at_work = tokens * width * (args.checkpointing * per_token + gradients)
+    activations = tokens * width * kept + token * together * shared
     if not gpus or args.eager:
         activations += 4 * together * columns**2  # a dense mask
     # Float32, four times: logits, log-probs, probabilities, gradient.
+    sampled = together * args.turns * args.max_new_tokens
     logits = 16 * min(sampled, LOGITS_AT_ONCE) * config.vocab_size
     ends = count(model) - count(model.base_model.layers)  # embedding, head, last norm
     two_layers = 2 * count(model.base_model.layers) / layers
     # Several GPUs gather weights and, for all ranks' sum, gradients; one has autocast's bf16 copies of the weights.
     gathered = width * (two_layers + 2 * ends) + 4 * two_layers if ranks > 1 else 0
-    if gpus == 1:
-        gathered = width * count(model)
+    return {
+        "update: activations": activations,
+        "update: at work": max(logits, at_work),  # the head or a layer, never both
+        "update: gathered weights": width * count(model) if gpus == 1 else gathered,
+    }
+
+
+def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
+    """(GB per device and component, dialogues that there is room for), counted from the model's config.json alone; gpus 0: this
+    computer's CPU.
+
+    Weights, gradients and Adam's two moments are float32 and sharded; sampler and user are whole and in bf16, and wait in the
+    host's memory during updates. Rollout and update never overlap, so the peak is what stays plus the larger of the two.
+    Without --slots, all of a rank's dialogues are held at once where --gpu-memory has room for them, else as many as it has
+    room for. Last, beside the device: what waits in the host's memory, and the disk that checkpoints need, new beside old.
+    """
+    config = load_config(args.model)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    train_upper_layers(model, args.train_layers)
+    ppo, user = args.algo == "ppo", args.simulator == "self"
+    dtype = compute_dtype("cpu", args.dtype or ("bfloat16" if gpus else None))
+    ranks, token = max(1, gpus), bytes_per_token(config, dtype)
+    rows = max(1, args.batch // ranks)
+    copy = dtype.itemsize * count(model)
+    copied = gpus or args.checkpointing or dtype != torch.float32
+    slot = HEAD_TOKENS + columns_for(args.turns, args.max_new_tokens, args.think)
+    state = lambda module: 4 * count(module) + 8 * count(module, True)  # weights and moments
+    away = "rollout: " if gpus else ""  # where a GPU's host takes it in meanwhile
     plan = {
         "weights": 4 * count(model) / ranks,
         "gradients": 4 * count(model, True) / ranks,
         "optimizer": 8 * count(model, True) / ranks,
-        "critic": (args.algo == "ppo") * (4 * count(model.base_model) + 12 * count(model.base_model, True)) / ranks,
+        "critic": ppo * (state(model.base_model) + 4 * count(model.base_model, True)) / ranks,
         "reference": 4 * count(model) / ranks if args.kl > 0 else 0,
-        "sampler": width * count(model) if ranks > 1 or args.checkpointing or gpus else 0,
-        "simulator": width * count(model) if args.simulator == "self" else 0,
-        "process": 1.5e9 if gpus == 0 else 1.0e9,  # on a CPU with what the allocator keeps of freed memory
-        "rollout: KV cache": 2 * layers * key_width * width * rows * slot,
-        "update: activations": activations,
-        "update: logits": logits,
-        "update: gathered weights": gathered,
+        "process": 1.0e9 if gpus else 1.5e9,  # on a CPU with what the allocator keeps of freed memory
+        f"{away}sampler": copy if copied else 0,
+        f"{away}user": copy * user,
+        "rollout: user's KV cache": token * rows * USER_TOKENS * user,
+        "rollout: KV cache": token * rows * slot,
     }
-    plan = {name: size / 1e9 for name, size in plan.items()}
-    room = 0.9 * args.gpu_memory - sum(size for name, size in plan.items() if ":" not in name)
+    plan = {name: size / 1e9 for name, size in (plan | update_memory(args, model, gpus, dtype)).items()}
+    total = lambda phase: sum(size for name, size in plan.items() if name.partition(":")[0] == phase or ":" not in name)
+    room = 0.9 * args.gpu_memory - (total("rollout") - plan["rollout: KV cache"])
     fitting = args.slots or max(1, int(rows * room / plan["rollout: KV cache"]))
     plan["rollout: KV cache"] *= min(rows, fitting) / rows
-    phases = [sum(size for name, size in plan.items() if name.startswith(phase)) for phase in ("rollout", "update")]
-    return plan | {"peak": sum(size for name, size in plan.items() if ":" not in name) + max(phases)}, fitting
+    plan["peak"] = max(total("rollout"), total("update"))
+    waiting = sum(plan.get(f"rollout: {name}", 0) for name in ("sampler", "user"))
+    saved = state(model) + ppo * state(model.base_model) + (1 + bool(args.eval_every)) * copy
+    return plan | {"host, of all ranks": ranks * waiting, "disk": 2 * saved / 1e9}, fitting
 
 
-def check_memory(plan: dict[str, float], memory_gb: float) -> None:
+def check_memory(plan: dict[str, float], args) -> None:
     """Raise ValueError with advice where the plan does not fit."""
-    if plan["peak"] > memory_gb:
-        most = sorted((name for name in plan if name != "peak"), key=plan.get, reverse=True)[:2]
-        advice = {"KV": "--max-new-tokens or --batch", "activations": "--micro-tokens, or --checkpointing"}
-        advice |= {"logits": "--micro-tokens", "gathered": "the model"}
-        otherwise = "the model, or more GPUs"
+    if plan["peak"] > args.gpu_memory:
+        here = list(plan)[: list(plan).index("peak")]
+        most = sorted(here, key=plan.get, reverse=True)[:2]
+        # A micro-batch is a dialogue at least.
+        alone = args.micro_tokens < 2 * args.turns * args.max_new_tokens
+        shorter = "lower --max-new-tokens or --turns" if alone else "lower --micro-tokens"
+        advice = {"KV": "lower --max-new-tokens or --batch", "at work": shorter}
+        advice |= {"activations": shorter if args.checkpointing else "choose --checkpointing"}
+        otherwise = "take a smaller model or more GPUs"
         change = [next((a for key, a in advice.items() if key in name), otherwise) for name in most]
         raise ValueError(
-            f"needs about {plan['peak']:.0f} GB of {memory_gb:.0f} GB per device, most of it for "
-            f"{most[0]} ({plan[most[0]]:.0f} GB) and {most[1]} ({plan[most[1]]:.0f} GB): lower {change[0]}; or {change[1]}"
+            f"needs about {plan['peak']:.0f} GB of {args.gpu_memory:.0f} GB per device, most of it for "
+            f"{most[0]} ({plan[most[0]]:.0f} GB) and {most[1]} ({plan[most[1]]:.0f} GB): "
+            + ", or ".join(dict.fromkeys(change))
+        )
+
+
+def check_disk(plan: dict[str, float], out: Path) -> None:
+    """Raise OSError where the checkpoints would not fit. What the run has there already counts: it will be replaced."""
+    folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    held = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    free, needed = (shutil.disk_usage(folder).free + held) / 1e9, max(1.0, plan["disk"])
+    if free < needed:
+        raise OSError(
+            f"--out {out}: {free:.0f} GB of disk left, checkpoints need {needed:.0f} GB (the new beside the old)"
         )
 
 
@@ -95,14 +132,5 @@ def print_plan(args) -> None:
     print(f"{args.model}, {what}, {where}, {slots} dialogues at once: GB per device")
     for name, size in plan.items():
         print(f"  {name:26}{size:8.1f}")
-    if gpus:  # an H100's rate, at the share of it that such code reaches: 40 % of 990 Tflop/s, 60 % of 3.35 TB/s
-        history = 40 + args.turns * (args.max_new_tokens + 45)
-        parameters = plan["weights"] * gpus * 1e9 / 4
-        passes = (8 if args.checkpointing else 6) * (2 if args.algo == "ppo" else 1) + 2 * (args.kl > 0)
-        update = passes * parameters * args.batch * history / (gpus * 0.4 * 990e12)
-        cache = plan["rollout: KV cache"] * 1e9 / 2
-        decode = args.turns * args.max_new_tokens * (2 * parameters + cache) / (0.6 * 3.35e12)
-        seconds = f"rollout {decode:.0f}, update {update:.0f}"
-        print(f"  seconds per step, at most: {seconds} (every reply at --max-new-tokens)")
-    check_memory(plan, args.gpu_memory)
+    check_memory(plan, args)
     print(f"  fits into {args.gpu_memory:.0f} GB")

@@ -12,6 +12,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the comparisons are in float32, and t
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +77,13 @@ def metrics_of(out):
     timing = ("seconds", "tokens_per_second", "peak_memory")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not any(word in k for word in timing)} for row in rows]
+
+
+def parameters_of(out):
+    """Of each trained module, whole: {name: float32 weights}, from a run's last checkpoint."""
+    (folder,) = out.glob("trainer-*")
+    dcp_to_torch_save(folder, out / "whole.pt")
+    return torch.load(out / "whole.pt")["modules"]
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ class Stub:
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                stub.headers.append(dict(self.headers))
+                stub.headers.append({name.lower(): value for name, value in self.headers.items()})
                 stub.requests.append(body)
                 system, *_, text = (message["content"] for message in body["messages"])
                 if "response_format" in body and not stub.schema:
@@ -47,7 +47,8 @@ class Stub:
             def send(self, status, headers, content):
                 try:
                     self.send_response(status)
-                    for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                    usual = {"Content-Length": str(len(content)), "Content-Type": "application/json"}
+                    for name, value in (usual | headers).items():
                         self.send_header(name, value)
                     self.end_headers()
                     self.wfile.write(content)

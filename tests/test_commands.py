@@ -3,9 +3,11 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, metrics_of
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import evaluate
 import train
+from extras.plan import check_disk
 from policy import cpu_has_bf16
 from reader import WEIGHTS
 from simulator import load_profiles
@@ -93,7 +96,7 @@ def test_same_seed_same_run_and_resume_equals_uninterrupted(tiny_folder, tmp_pat
     assert train.main(["--out", out, "--steps", "3", "--resume"]) == 0
     assert (tmp_path / "d" / "transcripts.jsonl").read_text() == transcripts[0]
     assert metrics_of(tmp_path / "d") == metrics_of(tmp_path / "a")
-    (tmp_path / "d" / "trainer.pt").unlink()  # killed before the first checkpoint: the same run anew
+    shutil.rmtree(tmp_path / "d" / "trainer-3")  # killed before the first checkpoint: the same run anew
     assert train.main(["--out", out, "--steps", "3", "--resume"]) == 0
     assert metrics_of(tmp_path / "d") == metrics_of(tmp_path / "a")
 
@@ -161,6 +164,18 @@ def test_errors_are_one_line_with_status_2(tiny_folder, tmp_path, capsys, flags,
     error = capsys.readouterr().err.strip().splitlines()
     assert status == 2 and named in error[-1] and error[-1].startswith(("train.py", Path(sys.argv[0]).name))
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_the_disk_must_hold_the_checkpoints(tiny_folder, tmp_path, monkeypatch, capsys):
+    """The new one beside the old one; what a run already has there counts, because it will be replaced."""
+    monkeypatch.setattr("extras.plan.shutil.disk_usage", lambda folder: SimpleNamespace(free=0.9e9))
+    assert run(tiny_folder, tmp_path / "out", "--no-eval") == 2
+    assert "1 GB of disk left, checkpoints need 1 GB (the new beside the old)" in capsys.readouterr().err
+    with pytest.raises(OSError, match="383 GB"):
+        check_disk({"disk": 383.0}, tmp_path)
+    with (tmp_path / "trainer").open("wb") as file:
+        file.truncate(383 * 10**9)  # sparse
+    check_disk({"disk": 383.0}, tmp_path)
 
 
 def test_held_out_dialogues_have_their_own_temperature(tiny_folder, tmp_path, few_profiles, monkeypatch):

@@ -334,7 +334,7 @@ def test_a_judge_that_answers_badly_is_asked_once_more_then_skipped_and_counted(
         return json.dumps(RATING | {"core insight": 9})
 
     with Stub(fault) as stub:
-        judged = probes.judge(probes.ServerLLM(stub.url, "stub", attempts=2, longest_wait=0.01), rows)
+        judged = probes.judge(probes.ServerLLM(stub.url, "stub", attempts=2), rows)
     assert (judged["judged"], judged["skipped"]) == (2, 2) and judged["capabilities"]["core insight"] == [3.0, 2.0]
     assert sum("dora" in r["messages"][1]["content"] for r in stub.requests) == 2
     again = next(r["messages"][1]["content"] for r in stub.requests if "# Once more" in r["messages"][1]["content"])

@@ -26,7 +26,7 @@ SHARED = ROOT.parent / "shared" / "reference"
 
 
 def server(stub, **settings):
-    return ServerLLM(stub.url, "stub", **({"timeout": 2.0, "attempts": 3, "longest_wait": 0.05} | settings))
+    return ServerLLM(stub.url, "stub", **({"timeout": 2.0, "attempts": 3} | settings))
 
 
 # --- parsing ----------------------------------------------------------------------------------------------------------
@@ -112,6 +112,45 @@ NO_MESSAGE = [
 def test_what_is_no_message_of_the_person_is_malformed(text):
     with pytest.raises(Malformed):
         sim.parse_message(text, sim.INTENTIONS["praise"])
+
+
+LEAKS = {  # intention -> what is the task sentence all but word by word
+    "advice": "I want advice that helps me out of the situation.",
+    "empathy": "What I want is for the other to feel deeply what I feel rather than hear comfort.",
+    "listen": "I want you, the other, to listen attentively while I let my feelings out.",
+    "praise": "I want praise, sincere, for the concrete things!",
+    "reflect": "You know, I want to be guided to reflect on what happened and grow from it.",
+    "balance": "Fine. I want a balanced analysis of what happened that sees both sides.",
+    "motives": "I just want to understand why other people acted like that.",
+    "blameless": "I believe I did nothing wrong and want you to agree, like any other.",
+}
+SPOKEN = {  # what such a person may well say
+    "advice": "What on earth should I do in this situation? Nobody has any real help.",
+    "empathy": "You feel nothing of what I feel, do you? Don't comfort me.",
+    "listen": "Just listen for once, while I get this out.",
+    "praise": "Nobody said one sincere word about the things I did for them.",
+    "reflect": "I keep asking myself what happened there, and what was my part.",
+    "balance": "There were two sides to it, I know, what with both of them shouting.",
+    "motives": "I don't understand how other people can do that to a friend.",
+    "blameless": "I did nothing wrong! Do you want me to believe otherwise?",
+}
+
+
+@pytest.mark.parametrize("intention", LEAKS)
+def test_nobody_says_the_task_sentence_in_other_words(intention):
+    task = sim.INTENTIONS[intention]
+    with pytest.raises(Malformed, match="hidden intention"):
+        sim.parse_message(f"Response: {LEAKS[intention]}", task)
+    said = SPOKEN[intention]
+    assert sim.parse_message(f"Response: {said}", task) == (said, False)
+    with pytest.raises(Malformed):
+        sim.parse_message("Response: My hidden intention is another.", task)
+
+
+def test_no_hint_of_a_profile_is_taken_for_the_task_sentence():
+    for profile in sim.load_profiles(ROOT / "data" / "test_profiles.jsonl"):
+        for said in (profile.first_talk, *profile.facts, *profile.hints):
+            sim.parse_message(f"Response: {said}", profile.task)
 
 
 def test_people_may_speak_of_machines_and_of_what_they_want():
@@ -297,7 +336,13 @@ FAULTS = {
     "another format once": (lambda n: "My verdict: good!" if n == 1 else None, ""),
     "no number at all": (lambda n: FIVE.format("much better"), "malformed answer, twice"),
     "an empty answer": (lambda n: "", "malformed answer, twice"),
-    "1 MB of text": (lambda n: "x" * 2**20, "no chat completion"),
+    "1 MB of text": (lambda n: "x" * 2**20, "malformed answer, twice"),
+    "thinking that leaks": (lambda n: "<think>She wants praise.\nResponse: Hm.", "malformed answer, twice"),
+    "every field refused": (lambda n: (400, {}, b"unsupported: temperature", 0), "HTTP 400"),
+    "cut for ever": (
+        lambda n: (200, {}, completion("Response: And then", "length"), 0),
+        "an answer cut at 2048 tokens",
+    ),
     "change +15": (lambda n: None, ""),
     "special tokens": (lambda n: None, ""),
 }
@@ -339,7 +384,7 @@ def test_a_fault_ends_as_it_should_and_the_other_dialogues_read_the_same(name, m
 
 
 def test_connection_refused_drops_every_dialogue_quickly(model, chat, profiles):
-    simulator = PromptedSimulator(ServerLLM("http://127.0.0.1:9/v1", "none", attempts=2, longest_wait=0.01))
+    simulator = PromptedSimulator(ServerLLM("http://127.0.0.1:9/v1", "none", attempts=2))
     dialogues = hold(model, chat, simulator, profiles[:4])
     assert all("ConnectionError" in dialogue.dropped for dialogue in dialogues)
     assert len(make_batch(dialogues, "terminal")) == 0
@@ -418,7 +463,7 @@ def test_no_network_stretches_a_turn(drip, simulator, profiles):
 
     threading.Thread(target=accept, daemon=True).start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-    llm = ServerLLM(url, "m", concurrency=1, timeout=0.5, attempts=9, longest_wait=0.1, turn_timeout=1.0)
+    llm = ServerLLM(url, "m", concurrency=1, timeout=0.5, attempts=9, turn_timeout=1.0)
     users = [simulator.open(profile, 40).result() for profile in profiles[:2]]
     started = time.monotonic()
     for future in [PromptedSimulator(llm).submit(user, "Hm.") for user in users]:  # the slot becomes free as well
@@ -432,7 +477,7 @@ def test_no_network_stretches_a_turn(drip, simulator, profiles):
 def test_retry_after_is_waited_for(profiles):
     fault = lambda count, system, text: (429, {"Retry-After": "0.7"}, b"", 0) if count == 1 else None
     with Stub(fault) as stub:
-        simulator = PromptedSimulator(server(stub, longest_wait=5.0))
+        simulator = PromptedSimulator(server(stub))
         user = simulator.open(profiles[0], 40).result()
         started = time.monotonic()
         simulator.submit(user, "Hm.").result()
@@ -510,7 +555,7 @@ def test_the_key_goes_into_the_header_and_nowhere_else(profiles, monkeypatch, tm
         simulator.submit(user, "Hm.").result()
         with pytest.raises(UserBroken) as error:
             simulator.submit(user, "Hm again.").result()
-    assert stub.headers[0]["Authorization"] == "Bearer sk-very-secret"
+    assert stub.headers[0]["authorization"] == "Bearer sk-very-secret"
     assert "secret" not in str(error.value) + simulator.llm.name
     assert not any("secret" in path.read_text() for path in tmp_path.rglob("*.txt"))
 
@@ -722,45 +767,15 @@ def test_odd_answers_are_malformed_and_quickly_so():
     assert sim.parse_message('{"Response": "hm \\ud83d"}')[0].encode("utf-8") == b"hm ?"
 
 
-def test_a_server_that_trickles_meets_the_deadline(simulator, profiles):
-    class Trickle:
-        status_code, headers = 200, {}
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *args):
-            pass
-
-        @property
-        def raw(self):
-            return self
-
-        def read1(self, size, decode_content):
-            time.sleep(0.05)
-            return b" "
-
-    import requests
-
-    llm = ServerLLM("http://nowhere/v1", "m", attempts=1, timeout=0.3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(requests, "post", lambda *args, **settings: Trickle())
-        started = time.monotonic()
-        with pytest.raises(UserBroken, match="TimeoutError"):
-            PromptedSimulator(llm).submit(simulator.open(profiles[0], 40).result(), "Hm.").result()
-    assert time.monotonic() - started < 5
-
-
 def test_keys_stay_where_they_belong(monkeypatch, capsys):
     assert users.main(["--simulator", "http://me:secret@host/v1", "--simulator-model", "m"]) == 2
     assert "secret" not in capsys.readouterr().err
     monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
     with Stub() as stub:
         server(stub).answer("s", "t", sim.RESPOND_SECTIONS)
-    assert "Authorization" not in stub.headers[0], "OpenAI's key is for OpenAI"
-    sent = []
-    monkeypatch.setattr("requests.post", lambda url, headers, **settings: sent.append(headers) or 1 / 0)
-    for host in ("api.openai.com", "notopenai.com", "openai.com.example.org"):
-        with pytest.raises(ZeroDivisionError):
-            ServerLLM(f"https://{host}/v1", "m")._post({})
-    assert [bool(headers) for headers in sent] == [True, False, False]
+    assert "sk-openai" not in str(stub.headers[0]), "OpenAI's key is for OpenAI"
+    key_for = lambda host: ServerLLM(f"https://{host}/v1", "m").client.api_key
+    assert key_for("api.openai.com") == "sk-openai"
+    assert key_for("notopenai.com") == key_for("openai.com.example.org") == "none"
+    monkeypatch.setenv("RLVER_API_KEY", "sk-rlver")
+    assert key_for("api.openai.com") == key_for("notopenai.com") == "sk-rlver"

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, byte_tokenizer, metrics_of, tiny_model
+from conftest import ROOT, byte_tokenizer, metrics_of, parameters_of, tiny_model
 from stub import Stub
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -43,10 +43,6 @@ def run(*arguments, ranks=1):
         return
     done = subprocess.run(command(*arguments, ranks=ranks), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-def parameters_of(out):
-    return torch.load(out / "trainer.pt", weights_only=True)["modules"]
 
 
 # What a dtype can hold: of metrics absolutely, of the parameters' movement as a share. In bfloat16 a gradient that is all but
@@ -104,7 +100,7 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(moment, whole,
     hook = tmp_path / "hook"
     hook.mkdir()
     # Wait for the signal inside the function where the run is to die.
-    target = {"rollout": "train.rollout", "update": "grpo.clip_gradients", "checkpoint": "models.torch.save"}[moment]
+    target = {"rollout": "train.rollout", "update": "grpo.clip_gradients", "checkpoint": "models.dcp.save"}[moment]
     (hook / "die.py").write_text(
         f"import runpy, sys, time, pathlib\nsys.path.insert(0, {str(ROOT)!r})\nimport grpo, models, train\n"
         f"real, count = {target}, 0\n"
@@ -112,8 +108,9 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(moment, whole,
         "    global count\n"
         "    count += 1\n"
         "    if count == 3:\n"
-        "        if hasattr(args[-1], 'with_suffix'):\n"
-        "            args[-1].write_bytes(b'half a checkpoint')\n"
+        "        if 'checkpoint_id' in kwargs:\n"
+        "            kwargs['checkpoint_id'].mkdir()\n"
+        "            (kwargs['checkpoint_id'] / '__0_0.distcp').write_bytes(b'half a checkpoint')\n"
         f"        pathlib.Path({str(hook / 'now')!r}).touch()\n"
         "        time.sleep(600)\n"
         "    return real(*args, **kwargs)\n"

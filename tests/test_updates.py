@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, byte_tokenizer, metrics_of, tiny_model
+from conftest import ROOT, byte_tokenizer, metrics_of, parameters_of, tiny_model
 from stub import Stub
 from test_algorithms import make
 
@@ -19,8 +19,8 @@ import ppo
 import train
 from distributed import micro_batches
 from extras import logs
-from models import load_models
-from policy import Chat, Critic, Policy, checkpoint_activations, load_model, save_model
+from models import Models, load_models
+from policy import Chat, Critic, Policy, checkpoint_activations, load_model
 from rollout import make_batch, rollout
 from simulator import (
     INTENTIONS,
@@ -388,7 +388,7 @@ def test_policy_and_critic_move_from_the_same_start_but_not_below_the_upper_laye
     """--train-layers 2 of 3: those and the last norm are trained, in the policy as in the critic's trunk; nothing else."""
     start = sharp_model().state_dict()
     trained = {name for name in start if name.startswith(("model.layers.1", "model.layers.2", "model.norm"))}
-    policy, critic = torch.load(ppo_run.out / "trainer.pt")["modules"]
+    policy, critic = parameters_of(ppo_run.out)
     critic = {name.replace("base_model", "model"): value for name, value in critic.items()}
     policy = {name.removeprefix("model."): value for name, value in policy.items()}
     for state, rate in ((policy, 3e-3), (critic, 1e-2)):
@@ -407,7 +407,7 @@ def test_a_resumed_run_is_the_same_run(ppo_run, home, tmp_path):
     assert resumed.rates == ppo_run.rates[2:] and [row["step"] for row in resumed.metrics] == [0, 1, 2, 3]
     assert resumed.metrics[2:] == [pytest.approx(row, abs=1e-3, rel=1e-3) for row in ppo_run.metrics[2:]]
     start, moved, apart = sharp_model().state_dict(), 0.0, 0.0
-    for ours, theirs in zip(*(torch.load(at.out / "trainer.pt")["modules"] for at in (resumed, ppo_run))):
+    for ours, theirs in zip(*(parameters_of(at.out) for at in (resumed, ppo_run))):
         for name in theirs:
             before = start.get(name.removeprefix("model."), start.get(name.replace("base_model.", "model."), 0.0))
             moved += (theirs[name] - before).abs().sum().item()
@@ -450,11 +450,33 @@ def test_the_sampler_follows_and_the_reference_does_not(flags, home):
     assert not any(parameter.requires_grad for parameter in models.reference.parameters())
 
 
-def test_a_checkpoint_holds_the_weights_that_are_given(tmp_path, tokenizer):
-    """They are the gathered ones where the model's own are sharded."""
-    save_model(sharp_model(), tokenizer, tmp_path / "checkpoint", sharp_model(1).state_dict())
-    loaded, _ = load_model(str(tmp_path / "checkpoint"))
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), sharp_model(1).parameters()))
+def test_a_checkpoint_is_what_samples_in_its_dtype(home, tmp_path):
+    """bfloat16 where that is computed in; the trainer's own weights stay float32 for --resume."""
+    seen = run(home, tmp_path / "out", *PPO, "--steps", 1, "--dtype", "bfloat16")
+    loaded, _ = load_model(str(seen.out / "checkpoint"), dtype="auto")
+    policy, _ = parameters_of(seen.out)
+    for name, value in loaded.state_dict().items():
+        master = policy[f"model.{name}"]
+        assert value.dtype == torch.bfloat16 and master.dtype == torch.float32 and torch.equal(value, master.bfloat16())
+
+
+def test_what_only_rollouts_need_leaves_the_gpu_for_the_update():
+    class Elsewhere:
+        """Weights that say where they were sent."""
+
+        def __init__(self):
+            self.model, self.sent, self.to = self, [], lambda device: self.sent.append(device)
+            self.parameters = lambda: []
+
+    sampler, user, policy = Elsewhere(), Elsewhere(), Elsewhere()
+    models = Models(None, policy, None, None, sampler, user, [], [], "cuda")
+    models.make_room()
+    models.follow()
+    assert sampler.sent == user.sent == ["cpu", "cuda"] and policy.sent == []
+    models = Models(None, policy, None, None, policy.model, None, [], [], "cuda")  # what trains also samples
+    models.make_room()
+    models.follow()
+    assert policy.sent == []
 
 
 # --- Rollouts and scores ----------------------------------------------------------------------------------------------
@@ -485,7 +507,13 @@ def test_both_the_templates_stop_token_and_the_tokenizers_end_a_reply(tokenizer)
     """Some models have two: a reply that ends with the other one must not run on."""
     other = copy.deepcopy(tokenizer)
     other.eos_token = "<|im_start|>"
-    assert Chat(other, "Be kind.").stop_ids == sorted(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"]))
+    both = sorted(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"]))
+    assert Chat(other, "Be kind.").stop_ids == both
+    model = tiny_model()  # and those of its generation_config, one or a list
+    for others in (both[1], both, [7, both[0]], None):
+        model.generation_config.eos_token_id = others
+        ends = {tokenizer.eos_token_id, *(others if isinstance(others, list) else [others])} - {None}
+        assert Chat(tokenizer, "Be kind.", model).stop_ids == sorted(ends)
 
 
 def test_rewards_of_all_kinds_but_not_of_a_dropped_dialogue(model, chat):
