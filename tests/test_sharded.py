@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, byte_tokenizer, metrics_of, parameters_of, tiny_model
@@ -131,6 +132,75 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(moment, whole,
         assert all(torch.equal(a[name], b[name]) for name in a)
     read = lambda folder: (folder / "transcripts.jsonl").read_text()
     assert read(tmp_path / "killed") == read(whole)
+
+
+# --- The paper's own command ------------------------------------------------------------------------------------------
+
+PAPER = (
+    "--preset paper --algo ppo --think --batch 4 --turns 2 --max-new-tokens 12 --steps 3 --no-eval --save-every 1 "
+    "--lr 1e-5 --critic-lr 1e-5 --micro-tokens 600"
+).split()
+
+
+@pytest.fixture(scope="module")
+def thinker_folder(tmp_path_factory):
+    """A tiny random Qwen2 in bfloat16, as such models are stored, that closes its thinking now and then: "</think>" is one token."""
+    folder = tmp_path_factory.mktemp("thinker") / "model"
+    tokenizer, model = byte_tokenizer(), tiny_model("qwen2", seed=3)
+    special = ["<|im_start|>", "<|im_end|>", "</think>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    model.resize_token_embeddings(259, mean_resizing=False)
+    torch.manual_seed(3)
+    model.get_output_embeddings().weight.data[258] = torch.randn(32) * 0.9
+    model.bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def paper(folder, out, *flags, ranks=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    return [
+        sys.executable,
+        *launcher,
+        str(ROOT / "train.py"),
+        *PAPER,
+        "--model",
+        str(folder),
+        "--out",
+        str(out),
+        *flags,
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", HOLDS)
+def test_the_papers_command_on_two_ranks_equals_one_and_survives_a_kill(dtype, thinker_folder, tmp_path):
+    """PPO with thinking, the user played by the frozen policy. Killed after its second checkpoint, it goes on."""
+    flags = ("--dtype", dtype)
+    assert train.main(paper(thinker_folder, tmp_path / "one", *flags)[2:]) == 0
+    two = paper(thinker_folder, tmp_path / "two", *flags, ranks=2)
+    process = subprocess.Popen(two, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "two" / "trainer-2" / ".metadata").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for ours in [*psutil.Process(process.pid).children(recursive=True), process]:  # the ranks first
+        ours.kill()
+    process.wait()
+    done = subprocess.run([*two, "--resume"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
+    assert [row["step"] for row in two] == [0, 1, 2]
+    assert 0 < one[0]["format_errors"] < 4 and one[0]["dropped"] == 0, "some reach the user"
+    for a, b in zip(one if dtype == "float32" else one[:1], two):
+        assert b == pytest.approx(a, abs=HOLDS[dtype][0], rel=HOLDS[dtype][0])
+    start = AutoModelForCausalLM.from_pretrained(thinker_folder).state_dict()
+    (policy, critic), (our_policy, our_critic) = parameters_of(tmp_path / "one"), parameters_of(tmp_path / "two")
+    moved = sum((policy[f"model.{name}"] - before).abs().sum() for name, before in start.items())
+    apart = sum((policy[f"model.{name}"] - our_policy[f"model.{name}"]).abs().sum() for name in start)
+    assert moved > 0 and apart < HOLDS[dtype][1] * moved
+    if dtype == "float32":
+        for ours, theirs in ((our_policy, policy), (our_critic, critic)):
+            assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
 
 
 def test_the_plan_says_what_fits_and_what_to_change(tmp_path, capsys):
