@@ -51,7 +51,9 @@ class ServerLLM:
         self.slots = threading.Semaphore(concurrency)
         openais = f".{urlsplit(self.url).hostname}".endswith(".openai.com")
         key = os.environ.get("RLVER_API_KEY") or (openais and os.environ.get("OPENAI_API_KEY")) or "none"
-        self.client = openai.OpenAI(api_key=key, base_url=self.url, timeout=timeout, max_retries=attempts - 1)
+        direct = openai.DefaultHttpxClient(follow_redirects=False)  # what people say goes to this server and no other
+        settings = dict(timeout=timeout, max_retries=attempts - 1, http_client=direct)
+        self.client = openai.OpenAI(api_key=key, base_url=self.url, **settings)
 
     def start(self, steps) -> Future:
         return in_thread(self._run, steps)
