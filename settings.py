@@ -116,6 +116,7 @@ def add_algorithm_flags(parser) -> None:
     add("--importance-cap", type=not_negative, default=2.0, help="of a token's weight trainer / sampler; 0: no weights")
     add("--kl", type=not_negative, help="coefficient of the KL to the initial policy; 0, the paper's: no reference")
     add("--entropy", type=not_negative, help="coefficient of the entropy bonus")
+    add("--minibatches", type=positive_int, default=1, help="parts of a batch, an optimizer step each")
     add("--epochs", type=positive_int, default=1, help="passes over a batch")
     add("--max-grad-norm", type=positive_float, default=1.0)
     add("--train-layers", type=int, help="train only this many upper layers")

@@ -46,12 +46,13 @@ def written_dialogue(profile: Profile, replies: list[Exchange], wishes: dict, ch
     turns, last_act = [], ""
     for told in sorted({e.turn for e in replies})[:TOLD]:
         here = [e for e in replies if e.turn == told]
+        displeased = rng.choice(DISPLEASED[profile.main_cha])  # the same for all: what begins alike is computed once
         for e in rng.sample(here, len(here)):
             wish, message = wishes.get((profile.id, e.act), profile), [story[told]]
             if e.act == last_act:
                 message.insert(0, rng.choice(wish.pleased))
             elif past.turns:
-                message.insert(0, rng.choice(DISPLEASED[profile.main_cha]))
+                message.insert(0, displeased)
             if e.act == wish.intention != last_act and rng.random() < HINTED:
                 message.append(rng.choice(wish.hints))
             if past.turns:

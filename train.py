@@ -111,7 +111,7 @@ def stop_if_broken(run: Run, step: int, dialogues: list[Dialogue]) -> None:
     reasons = [dialogue.dropped for dialogue in dialogues if dialogue.dropped]
     if len(reasons) <= min(MOST_DROPPED * len(dialogues), len(dialogues) - run.ranks):
         return
-    if step > run.first_step:
+    if step > run.first_step and step % run.args.save_every:  # else it has just been saved
         save_checkpoint(run.out, step, run.models)
     again = "go on with --resume" if last_checkpoint(run.out) else "start again"
     problem = f"{len(reasons)} of {len(dialogues)} simulated users broke down, most recently: {reasons[-1]}"
@@ -119,21 +119,30 @@ def stop_if_broken(run: Run, step: int, dialogues: list[Dialogue]) -> None:
 
 
 def update(run: Run, step: int, batch: Batch) -> dict:
-    """Advantages and optimizer steps. The dialogues are dealt anew: as many tokens for every rank."""
-    args, models = run.args, run.models
-    sampled = batch.dialogue_N.bincount(minlength=args.batch).tolist()
-    part, index_n = batch.part(deal(sampled, run.ranks)[run.rank])
+    """Advantages, and optimizer steps on one of --minibatches parts of the batch after the other. The dialogues of a part are
+    dealt anew: as many tokens for every rank."""
+    args, models, found = run.args, run.models, []
     models.make_room()
     set_learning_rates(models.optimizers, step, args)
     if args.algo == "grpo":
         settings = dict(per_turn=args.reward != "terminal", gamma=args.gamma, std=args.std)
         advantages_N, flat_groups = grpo.group_advantages(batch, args.group, **settings)
-        metrics = grpo.update(models.policy, models.reference, *models.optimizers, part, advantages_N[index_n], args)
-        metrics["zero_variance_groups"] = flat_groups
-    else:
-        metrics = ppo.update(models.policy, models.reference, models.critic, *models.optimizers, part, args)
+    sampled = batch.dialogue_N.bincount(minlength=args.batch).tolist()
+    kept = [dialogue for dialogue in range(args.batch) if sampled[dialogue]]  # their users did not break down
+    parts = max(1, min(args.minibatches, len(kept) // run.ranks))
+    for k in range(parts):
+        members = kept[k * len(kept) // parts : (k + 1) * len(kept) // parts]
+        dealt = deal([sampled[dialogue] for dialogue in members], run.ranks)
+        mine = [members[piece] for piece in dealt[run.rank]]
+        part, index_n = batch.part(mine)
+        if args.algo == "grpo":
+            advantages_n = advantages_N[index_n]
+            found.append(grpo.update(models.policy, models.reference, *models.optimizers, part, advantages_n, args))
+        else:
+            found.append(ppo.update(models.policy, models.reference, models.critic, *models.optimizers, part, args))
     models.follow()
-    return metrics
+    metrics = {name: sum(result[name] for result in found) / len(found) for name in found[0]}
+    return metrics | ({"zero_variance_groups": flat_groups} if args.algo == "grpo" else {})
 
 
 def set_learning_rates(optimizers: list, step: int, args: Namespace) -> None:
