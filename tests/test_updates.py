@@ -431,6 +431,19 @@ def test_rewards_and_advantages_follow_from_the_transcripts(grpo_run):
     assert max(advantages_N.abs().max() for advantages_N in seen.advantages) > 0
 
 
+def test_minibatches_take_a_step_each_on_dialogues_of_their_own(home, tmp_path):
+    """Each with the advantages that its dialogues have in the whole batch; the metrics are their mean."""
+    seen = run(home, tmp_path / "out", *"--algo grpo --group 2 --steps 1 --warmup 0 --minibatches 2".split())
+    first, second = seen.batches
+    assert [sorted(set(part.dialogue_N.tolist())) for part in (first, second)] == [[0, 1], [2, 3]]
+    (whole,) = run(home, tmp_path / "one", *"--algo grpo --group 2 --steps 1 --warmup 0".split()).advantages
+    assert (
+        torch.equal(torch.cat(seen.advantages), whole)
+        and len(seen.metrics) == 1
+        and len(first) + len(second) == len(whole)
+    )
+
+
 @pytest.mark.parametrize("flags", [["--dtype", "bfloat16"], ["--checkpointing"], []])
 def test_the_sampler_follows_and_the_reference_does_not(flags, home):
     """Weights that have moved reach the sampler, a copy or the policy itself, and nobody else."""
