@@ -271,7 +271,7 @@ PEOPLE = [
 ]  # fmt: skip
 FLAGS = (
     "--preset laptop --dtype float32 --batch 4 --turns 2 --max-new-tokens 6 --cold-start none --no-eval --train-layers 2 "
-    "--temperature 0.5 --lr 3e-3 --kl 0.1 --simulator-model stub --micro-tokens 300"
+    "--temperature 0.5 --lr 3e-3 --kl 0.1 --minibatches 1 --simulator-model stub --micro-tokens 300"
 ).split()
 PPO = "--algo ppo --checkpointing --steps 4 --warmup 3 --lr-end 1 --critic-lr 1e-2".split()
 
