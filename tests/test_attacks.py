@@ -304,7 +304,7 @@ ATTACKS = {
 
 # Who has found out what the person came for and fills its own words into nine natural sentences is not stopped yet: these two end
 # higher, and may not end higher still.
-KNOWN_GAPS = {"nine wordings after the first hint": 45, "nine wordings, intention known": 68}
+KNOWN_GAPS = {"nine wordings after the first hint": 46, "nine wordings, intention known": 68}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -74,7 +74,7 @@ def test_the_person_tells_the_story_in_order_and_is_displeased_where_it_hints(pe
 
 @pytest.mark.parametrize("think", (False, True))
 def test_a_hint_comes_before_a_reply_that_does_what_it_asks_for(persons, chat, think):
-    """Good, short replies of authors that are not held out, each once; about six in ten after a hint, which is its act's."""
+    """Good, short replies of authors that are not held out, each once; about seven in ten after a hint, which is its act's."""
     written = {(e.id, e.reply): e for e in load_exchanges()}
     everyone = with_every_intention(persons)
     hints = {(p.id, hint): p.intention for p in everyone for hint in p.hints}
@@ -94,7 +94,7 @@ def test_a_hint_comes_before_a_reply_that_does_what_it_asks_for(persons, chat, t
             assert prompt.endswith("<think>\n" if think else "assistant\n") and turn.sampled_ids[-1] == chat.stop_id
             seen.add(turn.reply)
             hinted, replies = hinted + bool(acts), replies + 1
-    assert replies > 200 and 0.5 < hinted / replies < 0.7
+    assert replies > 200 and 0.6 < hinted / replies < 0.8
 
 
 def test_the_cold_start_learns_the_replies_and_nothing_else(persons, model, chat):

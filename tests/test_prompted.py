@@ -279,7 +279,12 @@ def test_public_appraisals_rendered_as_text_give_every_change_back(names, dress)
 
 
 def test_the_prompts_hold_the_emotion_of_each_turn_and_the_lines_of_the_difficulty(profiles):
-    with Stub() as stub:
+    rises = lambda count, system, text: (
+        "Content: c\nTargetCompletion: t\nActivity: a\nAnalyse: n\nChange: +3"
+        if "Change: one whole number" in system
+        else None
+    )
+    with Stub(rises) as stub:
         simulator = PromptedSimulator(server(stub), "challenging")
         user = simulator.open(profiles[0], 40).result()
         first = simulator.submit(user, "One.").result()
