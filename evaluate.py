@@ -47,7 +47,7 @@ from users import add_simulator_flags, make_simulator
 from verify import read_again, read_transcripts, transcripts_that_add_up
 
 # The environment with its prompts, the policy's prompt, its sampling.
-CODE = ("simulator", "answers", "offline_user", "reader", "llm", "generator", "rollout", "policy", "evaluate",
+CODE = ("simulator", "prompted_user", "answers", "offline_user", "reader", "llm", "generator", "rollout", "policy", "evaluate",
         "extras/probes")  # fmt: skip
 # --beyond: name -> the flags that make this user
 USERS = {

@@ -1,4 +1,4 @@
-"""Who plays a prompted user (simulator.py, section 4): a server, or a model in this process.
+"""Who plays a prompted user (prompted_user.py): a server, or a model in this process.
 
 llm.start(steps)    runs a generator of questions (system, text, section names) to its end; returns a Future
 llm.work()          does what is queued in this process
@@ -17,7 +17,8 @@ from answers import without_surrogates
 from generator import Generator
 from policy import Chat
 from prefix_tree import common_prefix
-from simulator import FORMAT_EXAMPLES, UserBroken
+from prompted_user import FORMAT_EXAMPLES
+from simulator import UserBroken
 
 
 def in_thread(work, *args) -> Future:

@@ -9,8 +9,9 @@ from urllib.parse import urlsplit
 
 from llm import ServerLLM
 from offline_user import TABLE, OfflineSimulator
+from prompted_user import DIFFICULTY, PromptedSimulator
 from reader import WEIGHTS, load_reader
-from simulator import DIFFICULTY, SAGE, PromptedSimulator, UserBroken, load_profiles
+from simulator import SAGE, UserBroken, load_profiles
 
 
 def add_simulator_flags(parser: argparse.ArgumentParser) -> None:

@@ -54,7 +54,8 @@ def simulator(dtypes: list[str], dialogues: int = 32, delay: float = 0.2) -> Non
     from stub import Stub
 
     from llm import ServerLLM
-    from simulator import SAGE, PromptedSimulator
+    from prompted_user import PromptedSimulator
+    from simulator import SAGE
 
     profiles = people(dialogues)
     seconds = {}

@@ -13,14 +13,16 @@ from conftest import ROOT, AnyReader, tiny_model
 from stub import Stub
 
 import evaluate
-import simulator as sim
+import prompted_user as sim
 import train
 import users
+from answers import Malformed
 from generator import Generator
 from llm import LocalLLM, ServerLLM
 from offline_user import OfflineSimulator
+from prompted_user import PromptedSimulator
 from rollout import make_batch, rollout
-from simulator import ADVERSARIAL, Malformed, PromptedSimulator, Protocol, UserBroken
+from simulator import ADVERSARIAL, INTENTIONS, ProfileError, Protocol, User, UserBroken, load_profiles
 
 SHARED = ROOT.parent / "shared" / "reference"
 
@@ -111,7 +113,7 @@ NO_MESSAGE = [
 @pytest.mark.parametrize("text", NO_MESSAGE)
 def test_what_is_no_message_of_the_person_is_malformed(text):
     with pytest.raises(Malformed):
-        sim.parse_message(text, sim.INTENTIONS["praise"])
+        sim.parse_message(text, INTENTIONS["praise"])
 
 
 LEAKS = {  # intention -> what is the task sentence all but word by word
@@ -138,7 +140,7 @@ SPOKEN = {  # what such a person may well say
 
 @pytest.mark.parametrize("intention", LEAKS)
 def test_nobody_says_the_task_sentence_in_other_words(intention):
-    task = sim.INTENTIONS[intention]
+    task = INTENTIONS[intention]
     with pytest.raises(Malformed, match="hidden intention"):
         sim.parse_message(f"Response: {LEAKS[intention]}", task)
     said = SPOKEN[intention]
@@ -148,14 +150,14 @@ def test_nobody_says_the_task_sentence_in_other_words(intention):
 
 
 def test_no_hint_of_a_profile_is_taken_for_the_task_sentence():
-    for profile in sim.load_profiles(ROOT / "data" / "test_profiles.jsonl"):
+    for profile in load_profiles(ROOT / "data" / "test_profiles.jsonl"):
         for said in (profile.first_talk, *profile.facts, *profile.hints):
             sim.parse_message(f"Response: {said}", profile.task)
 
 
 def test_people_may_speak_of_machines_and_of_what_they_want():
     for said in ("You sound like a language model.", "I work as an AI engineer.", "I want praise, is that so odd?"):
-        assert sim.parse_message(f"Response: {said}", sim.INTENTIONS["praise"]) == (said, False)
+        assert sim.parse_message(f"Response: {said}", INTENTIONS["praise"]) == (said, False)
     assert sim.parse_message("Well, no.", alone=True) == ("Well, no.", False), (
         "the second question asks for nothing else"
     )
@@ -587,9 +589,9 @@ def test_a_profile_without_opening_gets_one_and_chinese_stays_chinese(tmp_path):
         "task": "倾听",
     }
     path.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
-    with pytest.raises(sim.ProfileError, match="first_talk"):
-        sim.load_profiles(path)
-    (profile,) = sim.load_profiles(path, offline=False)
+    with pytest.raises(ProfileError, match="first_talk"):
+        load_profiles(path)
+    (profile,) = load_profiles(path, offline=False)
     with Stub() as stub:
         user = PromptedSimulator(server(stub)).open(profile, 40).result()
     assert user.messages[0].startswith("And then it was") and "王丽" in stub.requests[0]["messages"][-1]["content"]
@@ -600,7 +602,7 @@ def test_the_official_profiles_load(name):
     path = SHARED / "profiles" / f"{name}.jsonl"
     if not path.exists():
         pytest.skip("the official profiles are not on this machine")
-    assert len(sim.load_profiles(path, offline=False)) in (100, 500)
+    assert len(load_profiles(path, offline=False)) in (100, 500)
 
 
 # --- training with a prompted user ------------------------------------------------------------------------------------
@@ -679,7 +681,7 @@ def test_the_local_llm_reads_each_heading_at_the_start_of_a_line(tokenizer, prof
     simulator = PromptedSimulator(LocalLLM(tiny_model(), tokenizer, max_section_tokens=5))
     simulator.open(profiles[0], 40)
     simulator.work()
-    simulator.submit(sim.User(profiles[0], 40, messages=["Well."]), "Hm.")
+    simulator.submit(User(profiles[0], 40, messages=["Well."]), "Hm.")
     with contextlib.suppress(UserBroken):
         simulator.work()
     text = tokenizer.decode([token for pieces in fed for token in pieces[0]])
