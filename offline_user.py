@@ -80,7 +80,7 @@ def frame_of(reply: str, story: set[str]) -> list[str]:
 
 
 def guards(user: User, reply: str) -> list[str]:
-    """Names of the guards that a reply runs into, the gravest first."""
+    """Names of the guards that a reply runs into: one that stops the reading (ALONE), or all others that apply."""
     words, letters = words_of(reply), [char for char in reply if char.isalpha()]
     if not words or sum(char.isascii() for char in letters) < 0.9 * len(letters):
         return ["empty"]
@@ -146,7 +146,7 @@ def appraisal_of(user: User, found: list[str], reading: dict[str, int]) -> Appra
 WORDS_FILE = Path(__file__).parent / "data" / "words.json"
 WORDS = json.loads(WORDS_FILE.read_text(encoding="utf-8"))
 DISPLEASED, THANKS, FAREWELL = (WORDS[kind] for kind in ("displeased", "thanks", "farewell"))
-# Share of displeased messages that hint at what they came for; an open user's first message does too.
+# Share of the messages after a loss that hint at what they came for; an open user's first message does too.
 HINTS_GIVEN = {"open": 1.0, "vanilla": 0.75, "challenging": 0.0}
 
 

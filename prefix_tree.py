@@ -114,6 +114,7 @@ def tree_mask(ends_B_T, shared: int, flex: bool):
         compiled = ends_B_T.device.type == "cuda"
         seen = lambda b, h, q, k: (k <= q) & (q < ends_B_T[b, k])
         return create_block_mask(seen, B, None, T, T, device=ends_B_T.device, _compile=compiled)
-    q_T = torch.arange(T, device=ends_B_T.device)
-    visible_B_T_T = (q_T[None, None, :] <= q_T[None, :, None]) & (q_T[None, :, None] < ends_B_T[:, None, :])
+    place_T = torch.arange(T, device=ends_B_T.device)
+    q_1_T_1, k_1_1_T = place_T[None, :, None], place_T[None, None, :]
+    visible_B_T_T = (k_1_1_T <= q_1_T_1) & (q_1_T_1 < ends_B_T[:, None, :])
     return torch.cat([visible_B_T_T.new_ones(B, T, shared), visible_B_T_T], dim=2)[:, None]

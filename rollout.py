@@ -172,8 +172,8 @@ def rollout(
     """Hold one dialogue per profile; `seeds[i]` alone decides dialogue i's sampling. temperature 0 is greedy. `on_end` is
     called at each dialogue's end (for a progress bar).
 
-    There is no barrier between turns: each pass takes one more token of every reply in the making, and the messages of the
-    users who have answered meanwhile (users played in this process answer when nobody speaks, all at once). At most `slots`
+    Each pass takes one more token of every reply in the making, and the messages of the users who have answered meanwhile: a slow
+    user on a server delays nobody else. Users in this process answer together, when nobody speaks any more. At most `slots`
     dialogues are held at once (None: all, or as many as a GPU has memory for); the next one takes the slot of one that has ended.
     """
     dialogues = [Dialogue(User(profile, protocol.start), protocol.start) for profile in profiles]

@@ -39,7 +39,7 @@ class Run:
     models: Models
     chat: Chat
     simulator: object
-    test_simulator: object  # whatever it trains with: a score is SAGE's
+    test_simulator: object  # vanilla users, whatever --difficulty
     slots: int  # dialogues held at once per process
     test_slots: int
     first_step: int
@@ -55,7 +55,7 @@ def prepare(args: Namespace) -> Run:
     persons = load_profiles(args.train_profiles, offline)
     test_profiles = load_profiles(args.test_profiles, offline)
     validation_profiles = load_profiles(args.validation_profiles, offline)
-    make_simulator(args, args.difficulty)
+    make_simulator(args, args.difficulty)  # raises where the flags name no user
     resumed = check_out(args)
     accelerator = start_processes(args)
     ranks, device = accelerator.num_processes, accelerator.device.type

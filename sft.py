@@ -43,29 +43,29 @@ def written_dialogue(profile: Profile, replies: list[Exchange], wishes: dict, ch
     """A tree: each message of the person in as many versions as replies were written to it, as the offline user would say it:
     pleased with a reply that did the same, or displeased with one that did something else, and mostly with a hint."""
     story, past = (profile.first_talk, *profile.facts), Dialogue(User(profile, RLVER.start), RLVER.start)
-    turns, missed, missed_act = [], None, ""
-    before = {}  # act: a reply to the message before
+    turns, replies_before = [], {}  # act: a reply to the message before
+    past_reply, past_act = None, ""  # what the person was displeased with
     for told in sorted({e.turn for e in replies})[:TOLD]:
         here = [e for e in replies if e.turn == told]
         displeased = rng.choice(DISPLEASED[profile.main_cha])  # the same for all: what begins alike is computed once
-        now = {}
+        replies_here = {}
         for e in rng.sample(here, len(here)):
             wish, message = wishes.get((profile.id, e.act), profile), [story[told]]
-            pleased = e.act in before and (e.act == missed_act or rng.random() < PLEASED)
-            if missed:
+            pleased = e.act in replies_before and (e.act == past_act or rng.random() < PLEASED)
+            if past_reply:
                 message.insert(0, rng.choice(wish.pleased) if pleased else displeased)
             if not pleased and e.act == wish.intention and rng.random() < HINTED:
                 message.append(rng.choice(wish.hints))
-            if missed:
-                past.turns = [before[e.act] if pleased else missed]
+            if past_reply:
+                past.turns = [replies_before[e.act] if pleased else past_reply]
                 past.turns[0].reaction = Reaction(Appraisal(0), RLVER.start, " ".join(message), False)
             else:
                 past.user.messages = [" ".join(message)]
             prompt_ids, _ = next_prompt(chat, past, think)
             ids = chat.text_ids(f"{e.thought}</think>\n{e.reply}" if think else e.reply) + [chat.stop_id]
-            now[e.act] = Turn(prompt_ids, ids, [0.0] * len(ids), True, e.thought, e.reply, True)
-            turns.append(now[e.act])
-        before, missed, missed_act = now, turns[-1], e.act
+            turns.append(Turn(prompt_ids, ids, [0.0] * len(ids), True, e.thought, e.reply, True))
+            replies_here[e.act], last_act = turns[-1], e.act
+        replies_before, past_reply, past_act = replies_here, turns[-1], last_act
     return Dialogue(past.user, RLVER.start, turns)
 
 
@@ -110,7 +110,10 @@ def cold_start(
         EXCHANGES.read_bytes(),
         HINTS.read_bytes(),
         WORDS_FILE.read_bytes(),
-        *(here.joinpath(f"{name}.py").read_bytes() for name in ("sft", "policy", "rollout", "prefix_tree")),
+        *(
+            here.joinpath(f"{name}.py").read_bytes()
+            for name in ("sft", "exchanges", "simulator", "policy", "rollout", "prefix_tree")
+        ),
     ]
     parts += [repr((model, think, layers, dtype, torch.__version__, profiles)).encode()]
     folder = cache_folder() / f"cold-start-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}"

@@ -120,8 +120,8 @@ def stop_if_broken(run: Run, step: int, dialogues: list[Dialogue]) -> None:
 
 def update(run: Run, step: int, batch: Batch) -> dict:
     """Advantages, and optimizer steps on one of --minibatches parts of the batch after the other. The dialogues of a part are
-    dealt anew: as many tokens for every rank. What was sampled before the steps on earlier parts, the weight trainer / sampler
-    puts right."""
+    dealt anew: as many tokens for every rank. What was sampled before the steps on earlier parts is
+    weighted by `importance`."""
     args, models, found = run.args, run.models, []
     models.make_room()
     set_learning_rates(models.optimizers, step, args)

@@ -321,10 +321,10 @@ def ppo_run(home, tmp_path_factory):
     return run(home, tmp_path_factory.mktemp("ppo") / "out", *PPO)
 
 
-@pytest.fixture(scope="module", params=["terminal", "mixed"])
+@pytest.fixture(scope="module", params=["terminal --no-std", "mixed --no-std", "mixed --std"])
 def grpo_run(request, home, tmp_path_factory):
     flags = "--algo grpo --group 2 --steps 2 --warmup 1 --lr-end 0.5 --gamma 0.5".split()
-    flags += ["--reward", request.param, "--no-std"]
+    flags += ["--reward", *request.param.split()]
     return run(home, tmp_path_factory.mktemp("grpo") / "out", *flags), request.param
 
 
@@ -416,9 +416,9 @@ def test_a_resumed_run_is_the_same_run(ppo_run, home, tmp_path):
 
 
 def test_rewards_and_advantages_follow_from_the_transcripts(grpo_run):
-    """From the logged emotions: terminal, and mixed, which is half of it and half of each turn's change; --gamma and --no-std
+    """From the logged emotions: terminal, and mixed, which is half of it and half of each turn's change; --gamma and --std
     reach the advantages (divided by the deviation of a group of two, they would be the same whatever gamma is)."""
-    seen, kind = grpo_run
+    seen, (kind, std) = grpo_run[0], grpo_run[1].split()
     for step, (batch, advantages_N) in enumerate(zip(seen.batches, seen.advantages)):
         for d, transcript in enumerate(row for row in seen.transcripts if row["step"] == step):
             start, first, last = (m["emotion-point"] for m in transcript["history"] if m["role"] == "user")
@@ -426,7 +426,7 @@ def test_rewards_and_advantages_follow_from_the_transcripts(grpo_run):
             for t, reward in enumerate(mixed if kind == "mixed" else [0.0, last / 100]):
                 rewards = batch.reward_N[(batch.dialogue_N == d) & (batch.turn_N == t)]
                 assert rewards[-1] == pytest.approx(reward) and (rewards[:-1] == 0).all()
-        settings = dict(per_turn=kind == "mixed", gamma=0.5, std=False)
+        settings = dict(per_turn=kind == "mixed", gamma=0.5, std=std == "--std")
         assert torch.allclose(advantages_N, group_advantages_slowly(batch, 2, **settings), atol=1e-6)
     assert max(advantages_N.abs().max() for advantages_N in seen.advantages) > 0
 
