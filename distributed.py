@@ -1,4 +1,4 @@
-"""Several processes: FSDP2 shards parameters, gradients and optimizer state; every rank trains on its own dialogues."""
+"""Several processes: FSDP2 shards parameters, gradients and optimizer state; every rank trains on a share of the dialogues."""
 
 import torch
 import torch.distributed as dist
