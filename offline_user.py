@@ -49,12 +49,12 @@ TABLE = {
     "echo":      (( -5,  -5,  -5,  -5,  -5,  -5,  -5,  -5), "That is what I just said."),
     "hurtful":   ((-10, -10, -10, -10, -10, -10, -10, -10), "That hurts."),
     # Guards: no reader is asked.
-    "empty":     ((-10,) * 8, "Hello? Are you there?"),
-    "scoring":   ((-10,) * 8, "Who are you talking to?"),
-    "again":     (( -6,) * 8, "You said that already, in other words."),
-    "opening":   (( -2,) * 8, "You always begin like that."),
-    "unfinished": (( -3,) * 8, "And then?"),
-    "too long":  (( -4,) * 8, "Too many words."),
+    "empty":     ((-10,) * len(INTENTIONS), "Hello? Are you there?"),
+    "scoring":   ((-10,) * len(INTENTIONS), "Who are you talking to?"),
+    "again":     (( -6,) * len(INTENTIONS), "You said that already, in other words."),
+    "opening":   (( -2,) * len(INTENTIONS), "You always begin like that."),
+    "unfinished": (( -3,) * len(INTENTIONS), "And then?"),
+    "too long":  (( -4,) * len(INTENTIONS), "Too many words."),
 }
 # fmt: on
 ALONE = ("empty", "scoring", "again")  # after these nothing else counts

@@ -1,4 +1,4 @@
-"""What a training run is made of, and how it is put together: everything that can go wrong is found before the first step."""
+"""What a training run is made of, how it is put together (all that can go wrong is found before the first step) and scored."""
 
 from argparse import Namespace
 from dataclasses import dataclass
@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 
-from evaluate import write_json
-from extras.logs import keep_steps_before
+from evaluate import evaluate, summarize, write_json
+from extras import logs
 from extras.plan import check_disk, check_memory, memory_plan
+from extras.probes import guard
 from models import Models, last_checkpoint, load_checkpoint, load_models
-from policy import Chat, compute_dtype
+from policy import Chat, compute_dtype, load_model
 from rollout import instructions
 from sft import cold_start
 from simulator import SAGE, Profile, load_profiles, with_every_intention
@@ -122,7 +123,7 @@ def start_processes(args: Namespace) -> Accelerator:
 def announce(run: Run, cache_gb: float) -> None:
     args = run.args
     for name in ("metrics.jsonl", "transcripts.jsonl"):
-        keep_steps_before(run.out / name, run.first_step)
+        logs.keep_steps_before(run.out / name, run.first_step)
     if not args.resume:
         write_json(run.out / "config.json", vars(args))
     where = f"{run.ranks} x {run.device}" if run.ranks > 1 else run.device
@@ -130,3 +131,51 @@ def announce(run: Run, cache_gb: float) -> None:
         f"{args.preset} preset: {args.algo}, {args.model}, {args.steps} steps of {args.batch} dialogues, {where}, {run.dtype}\n"
         f"{run.slots} dialogues at once per process, {cache_gb:.2f} GB of KV cache"
     )
+
+
+def seed_of(args: Namespace, step: int, dialogue: int) -> int:
+    """Seed of one dialogue's sampling, whichever rank holds it."""
+    return ((args.seed * 1_000_003 + step + 1) * 1_009 + dialogue) % 2**63
+
+
+# --- Held-out scores, before and after -------------------------------------------------------------------------------
+
+
+def held_out(run: Run, sampler, profiles: list[Profile]) -> list[dict]:
+    """Transcripts of the sampler's SAGE dialogues with these profiles, each rank's share gathered."""
+    mine = range(run.rank, len(profiles), run.ranks)
+    seeds = [seed_of(run.args, -1, i) for i in mine]
+    settings = run.sampling | dict(temperature=run.args.eval_temperature, slots=run.test_slots)
+    held = evaluate(sampler, run.chat, run.test_simulator, [profiles[i] for i in mine], seeds, **settings)
+    rows = gather_object([(i, dialogue.transcript()) for i, dialogue in zip(mine, held)])
+    return [transcript for _, transcript in sorted(rows, key=lambda row: row[0])]
+
+
+def score_before(run: Run) -> None:
+    """Held-out scores of the model that training begins with, and of the base if a cold start has changed it."""
+    if run.start != run.args.model:
+        base, _ = load_model(run.args.model, run.device, run.dtype)
+        keep_score(run, "base", "held-out score of the base       ", base)
+        del base
+    keep_score(run, "before", "held-out score before RL         ", run.models.sampler)
+
+
+def keep_score(run: Run, name: str, title: str, model) -> None:
+    transcripts = held_out(run, model, run.test_profiles)
+    if run.main:
+        write_json(run.out / f"{name}.json", transcripts)
+        logs.print_score(title, summarize(transcripts))
+
+
+def score_after(run: Run) -> None:
+    """The held-out score of the best model, or the last, and what has changed."""
+    run.models.optimizers.clear()  # their memory is free for the best model
+    sampler = run.models.sampler
+    if (run.out / "best.json").exists():
+        sampler, _ = load_model(str(run.out / "best"), run.device, run.dtype)
+    after = held_out(run, sampler, run.test_profiles)
+    if run.main:
+        write_json(run.out / "after.json", after)
+    if run.main and (run.out / "before.json").exists():
+        base, _ = load_model(run.args.model, run.device, run.dtype)
+        logs.report(run.out, after, guard(sampler, run.models.tokenizer, base))

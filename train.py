@@ -23,14 +23,13 @@ from tqdm import tqdm
 import grpo
 import ppo
 from distributed import deal
-from evaluate import evaluate, summarize, write_json
+from evaluate import summarize, write_json
 from extras import logs
 from extras.plan import print_plan
-from extras.probes import guard
 from models import last_checkpoint, save_checkpoint
-from policy import load_model, save_model
+from policy import save_model
 from rollout import Batch, Dialogue, make_batch, rollout
-from run import Run, prepare
+from run import Run, held_out, prepare, score_after, score_before, seed_of
 from settings import parse_args
 from simulator import RLVER, Profile, Protocol, UserBroken
 
@@ -92,11 +91,6 @@ def hold_dialogues(run: Run, step: int, profiles: list[Profile]) -> list[Dialogu
         settings = run.sampling | dict(temperature=args.temperature, slots=run.slots, on_end=bar.update)
         dialogues = rollout(run.models.sampler, run.chat, run.simulator, people, seeds, protocol, **settings)
     return gather_object(dialogues)
-
-
-def seed_of(args: Namespace, step: int, dialogue: int) -> int:
-    """Seed of one dialogue's sampling, whichever rank holds it."""
-    return ((args.seed * 1_000_003 + step + 1) * 1_009 + dialogue) % 2**63
 
 
 def write_transcripts(run: Run, step: int, dialogues: list[Dialogue]) -> list[dict]:
@@ -181,49 +175,6 @@ def validate(run: Run, step: int) -> bool:
     if run.main:
         tqdm.write(f"step {step:3d}  validation score {score:.1f}, best before {best_score:.1f}")
     return score <= best_score and step + 1 - best_step >= args.patience * args.eval_every
-
-
-# --- Held-out scores, before and after -------------------------------------------------------------------------------
-
-
-def held_out(run: Run, sampler, profiles: list[Profile]) -> list[dict]:
-    """Transcripts of the sampler's SAGE dialogues with these profiles, each rank's share gathered."""
-    mine = range(run.rank, len(profiles), run.ranks)
-    seeds = [seed_of(run.args, -1, i) for i in mine]
-    settings = run.sampling | dict(temperature=run.args.eval_temperature, slots=run.test_slots)
-    held = evaluate(sampler, run.chat, run.test_simulator, [profiles[i] for i in mine], seeds, **settings)
-    rows = gather_object([(i, dialogue.transcript()) for i, dialogue in zip(mine, held)])
-    return [transcript for _, transcript in sorted(rows, key=lambda row: row[0])]
-
-
-def score_before(run: Run) -> None:
-    """Held-out scores of the model that training begins with, and of the base if a cold start has changed it."""
-    if run.start != run.args.model:
-        base, _ = load_model(run.args.model, run.device, run.dtype)
-        keep_score(run, "base", "held-out score of the base       ", base)
-        del base
-    keep_score(run, "before", "held-out score before RL         ", run.models.sampler)
-
-
-def keep_score(run: Run, name: str, title: str, model) -> None:
-    transcripts = held_out(run, model, run.test_profiles)
-    if run.main:
-        write_json(run.out / f"{name}.json", transcripts)
-        logs.print_score(title, summarize(transcripts))
-
-
-def score_after(run: Run) -> None:
-    """The held-out score of the best model, or the last, and what has changed."""
-    run.models.optimizers.clear()  # their memory is free for the best model
-    sampler = run.models.sampler
-    if (run.out / "best.json").exists():
-        sampler, _ = load_model(str(run.out / "best"), run.device, run.dtype)
-    after = held_out(run, sampler, run.test_profiles)
-    if run.main:
-        write_json(run.out / "after.json", after)
-    if run.main and (run.out / "before.json").exists():
-        base, _ = load_model(run.args.model, run.device, run.dtype)
-        logs.report(run.out, after, guard(sampler, run.models.tokenizer, base))
 
 
 def main(argv=None) -> int:

@@ -114,13 +114,13 @@ def test_the_best_model_on_validation_profiles_is_kept_scored_and_ends_the_run(
     flags = ["--steps", 16, "--lr", 5, "--entropy", 0.1, "--eval-every", every, "--patience", 2, "--checkpointing"]
     flags += ["--max-new-tokens", 4, "--turns", 1]
     flags += ["--validation-profiles", few_profiles, "--test-profiles", other]
-    scored, real = [], train.evaluate
+    scored, real = [], evaluate.evaluate
 
     def watched(model, chat, simulator, profiles, *args, **settings):
         scored.append((profiles, [p.detach().clone() for p in model.parameters()]))
         return real(model, chat, simulator, profiles, *args, **settings)
 
-    monkeypatch.setattr(train, "evaluate", watched)
+    monkeypatch.setattr("run.evaluate", watched)
     monkeypatch.setattr(
         Figure,
         "savefig",
@@ -183,8 +183,8 @@ def test_the_disk_must_hold_the_checkpoints(tiny_folder, tmp_path, monkeypatch, 
 
 
 def test_held_out_dialogues_have_their_own_temperature(tiny_folder, tmp_path, few_profiles, monkeypatch):
-    seen, real = [], train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *args, **kw: seen.append(kw["temperature"]) or real(*args, **kw))
+    seen, real = [], evaluate.evaluate
+    monkeypatch.setattr("run.evaluate", lambda *args, **kw: seen.append(kw["temperature"]) or real(*args, **kw))
     flags = ("--test-profiles", few_profiles, "--steps", 1, "--temperature", "0.9", "--eval-temperature", "0.2")
     assert run(tiny_folder, tmp_path / "out", *flags, "--difficulty", "challenging") == 0 and seen == [0.2, 0.2]
     trained = [json.loads(line) for line in (tmp_path / "out" / "transcripts.jsonl").read_text().splitlines()]
