@@ -26,7 +26,7 @@ from simulator import HINTS, RLVER, Appraisal, Profile, Reaction, User, with_eve
 
 EPOCHS, PERSONS_A_STEP, LEARNING_RATE, MICRO_TOKENS = 1, 1, 4e-4, 3000
 LONGEST, TOLD = 15, 5  # words of a reply, messages of a person: what a laptop run has time for
-HINTED = 0.8  # share of replies before which the person hints at what the reply then does
+PLEASED, HINTED = 1 / 3, 0.8  # share of replies after one that did the same; of the others, how many come after a hint
 
 
 def written_dialogues(profiles: list[Profile], chat: Chat, think: bool, seed: int = 0) -> list[Dialogue]:
@@ -41,26 +41,31 @@ def written_dialogues(profiles: list[Profile], chat: Chat, think: bool, seed: in
 
 def written_dialogue(profile: Profile, replies: list[Exchange], wishes: dict, chat: Chat, think: bool, rng) -> Dialogue:
     """A tree: each message of the person in as many versions as replies were written to it, as the offline user would say it:
-    pleased where the reply before did the same as this one, else displeased, mostly with a hint. It goes on after the last."""
+    pleased with a reply that did the same, or displeased with one that did something else, and mostly with a hint."""
     story, past = (profile.first_talk, *profile.facts), Dialogue(User(profile, RLVER.start), RLVER.start)
-    turns, past_act = [], ""
+    turns, replies_before = [], {}  # act: a reply to the message before
+    past_reply, past_act = None, ""  # what the person was displeased with
     for told in sorted({e.turn for e in replies})[:TOLD]:
         here = [e for e in replies if e.turn == told]
         displeased = rng.choice(DISPLEASED[profile.main_cha])  # the same for all: what begins alike is computed once
-        for e in (shuffled := rng.sample(here, len(here))):
+        replies_here = {}
+        for e in rng.sample(here, len(here)):
             wish, message = wishes.get((profile.id, e.act), profile), [story[told]]
-            if past.turns:
-                message.insert(0, rng.choice(wish.pleased) if e.act == past_act else displeased)
-            if e.act == wish.intention != past_act and rng.random() < HINTED:
+            pleased = e.act in replies_before and (e.act == past_act or rng.random() < PLEASED)
+            if past_reply:
+                message.insert(0, rng.choice(wish.pleased) if pleased else displeased)
+            if not pleased and e.act == wish.intention and rng.random() < HINTED:
                 message.append(rng.choice(wish.hints))
-            if past.turns:
-                past.turns[-1].reaction = Reaction(Appraisal(0), RLVER.start, " ".join(message), False)
+            if past_reply:
+                past.turns = [replies_before[e.act] if pleased else past_reply]
+                past.turns[0].reaction = Reaction(Appraisal(0), RLVER.start, " ".join(message), False)
             else:
                 past.user.messages = [" ".join(message)]
             prompt_ids, _ = next_prompt(chat, past, think)
             ids = chat.text_ids(f"{e.thought}</think>\n{e.reply}" if think else e.reply) + [chat.stop_id]
             turns.append(Turn(prompt_ids, ids, [0.0] * len(ids), True, e.thought, e.reply, True))
-        past.turns, past_act = turns[-1:], shuffled[-1].act
+            replies_here[e.act], last_act = turns[-1], e.act
+        replies_before, past_reply, past_act = replies_here, turns[-1], last_act
     return Dialogue(past.user, RLVER.start, turns)
 
 
