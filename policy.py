@@ -126,7 +126,8 @@ def save_model(model, tokenizer, folder: str | Path) -> None:
 def cpu_has_bf16() -> bool:
     """True where the CPU multiplies bfloat16 natively; elsewhere bf16 is emulated and three times slower than float32."""
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, check, bool)() for check in checks)
+    allowed = torch.backends.cpu.get_cpu_capability() == "AVX512"  # ATEN_CPU_CAPABILITY=avx2 forbids it
+    return allowed and any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
 def compute_dtype(device: str, name: str | None = None) -> torch.dtype:
