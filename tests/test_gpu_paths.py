@@ -145,6 +145,7 @@ def compiled_flex(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_flex_attention_is_compiled_a_few_times_and_not_for_every_length(compiled_flex):
     """With and without gradients, five lengths: fewer than the limit of eight, at which Dynamo would fall back to T x T scores."""
     model = tiny_model("qwen2")

@@ -51,6 +51,7 @@ def run(*arguments, ranks=1):
 HOLDS = {"float32": (1e-4, 0.01), "bfloat16": (0.25, 0.6)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HOLDS)
 def test_two_ranks_equal_one_process(dtype, ragged_folder, tmp_path):
     """GRPO; PPO: below, by the paper's command."""
