@@ -132,10 +132,18 @@ def change_of(fired: list[tuple[str, float, int]]) -> int:
     return min(10, max(-10, round(sum(points for _, points, _ in fired))))
 
 
+def is_read(found: list[str]) -> bool:
+    return not set(found) & set(ALONE)
+
+
+def shares_of(found: list[str], reading: dict[str, int]) -> list[tuple[str, int]]:
+    """[(guard or act, share in percent)]: the reading counts where no guard has spared the reader the reply."""
+    return [(guard, 100) for guard in found] + (list(reading.items()) if is_read(found) else [])
+
+
 def appraisal_of(user: User, found: list[str], reading: dict[str, int]) -> Appraisal:
     """How a reply landed: `found` are its guards, `reading` the reader's shares of acts in percent."""
-    shares = [(name, 100) for name in found] + list(reading.items() if not set(found) & set(ALONE) else ())
-    profile = user.profile
+    profile, shares = user.profile, shares_of(found, reading)
     fired = points_for(shares, profile.intention, profile.main_cha, user.difficulty, user.emotion)
     return Appraisal(change_of(fired), tuple(fired))
 
@@ -200,7 +208,7 @@ class OfflineSimulator:
     def work(self) -> None:
         waiting, self.waiting = self.waiting, []
         found = [guards(user, reply) for user, reply, _ in waiting]
-        to_read = [k for k, names in enumerate(found) if not set(names) & set(ALONE)]
+        to_read = [k for k, names in enumerate(found) if is_read(names)]
         readings = self.reader.read([(waiting[k][0].messages, waiting[k][1]) for k in to_read])
         reading_of = dict(zip(to_read, readings))
         for k, (user, reply, future) in enumerate(waiting):

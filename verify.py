@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from extras.probes import intention_of
-from offline_user import ALONE, TABLE, change_of, guards, points_for
+from offline_user import TABLE, change_of, guards, points_for, shares_of
 from simulator import User, replay
 
 
@@ -75,9 +75,7 @@ def read_again(transcripts: list[dict], reader) -> list[str]:
         turns = appraised_turns(transcript)
         readings = reader.read([(said, reply) for said, reply, *_ in turns])
         for turn, ((_, _, found, emotion, logged), reading) in enumerate(zip(turns, readings), 1):
-            fired = [(guard, 0, 100) for guard in found]
-            if not set(found) & set(ALONE):  # otherwise nobody has read the reply
-                fired += [(act, 0, share) for act, share in reading.items()]
+            fired = [(name, 0, share) for name, share in shares_of(found, reading)]
             change = derived_change(transcript, fired, emotion)
             if change is None or abs(change - logged) > 1:
                 problems.append(f"{transcript['id']}: turn {turn}: logged {logged:+d}, read again {change}")
