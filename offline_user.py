@@ -166,6 +166,12 @@ def next_fact(user: User, reply: str) -> str:
     return max(untold, key=lambda fact: len(touched & set(words_of(fact))))  # max takes the first of equals
 
 
+def next_hint(user: User) -> str:
+    """A profile's first hint is veiled, the next ones ask outright: who was missed once says it plainer; an open user always."""
+    given = sum(hint in message for message in user.messages for hint in user.profile.hints)
+    return user.profile.hints[(given + (user.difficulty == "open")) % len(user.profile.hints)]
+
+
 def next_message(user: User, reply: str, change: int) -> str:
     """What the person says after a reply: a word on it, coloured by character; one more piece of the story; perhaps a hint."""
     profile, turn = user.profile, len(user.messages)
@@ -179,7 +185,7 @@ def next_message(user: User, reply: str, change: int) -> str:
         parts.append(lines[turn % len(lines)])
     parts.append(next_fact(user, reply))
     if change < 0 and rng.random() < HINTS_GIVEN[user.difficulty]:
-        parts.append(profile.hints[turn % len(profile.hints)])
+        parts.append(next_hint(user))
     return " ".join(parts)
 
 
@@ -198,8 +204,10 @@ class OfflineSimulator:
 
     def open(self, profile: Profile, start: int) -> "Future[User]":
         behaviour = behaviour_of(profile) if self.adversarial else ""
-        opening = [profile.first_talk, profile.hints[0]] if self.difficulty == "open" else [profile.first_talk]
-        return done(User(profile, start, self.difficulty, behaviour, [" ".join(opening)]))
+        user = User(profile, start, self.difficulty, behaviour, [profile.first_talk])
+        if self.difficulty == "open":
+            user.messages[0] += f" {next_hint(user)}"
+        return done(user)
 
     def submit(self, user: User, reply: str) -> "Future[Reaction]":
         self.waiting.append((user, reply, Future()))

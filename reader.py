@@ -36,19 +36,19 @@ WEIGHTS, JUDGE = DATA / "reader.pt", DATA / "judge.pt"
 ACTS = (*INTENTIONS, "generic", "beside", "elsewhere", "twisted", "nonsense", "echo", "hurtful")
 
 
-# --- 1. What the head sees: hidden states of the frozen lower layers --------------------------------------------------
+# --- 1. What the head sees: hidden states of three frozen lower layers --------------------------------------------------
 
 
 class Features:
-    """A model up to `layer`. Of a text: the hidden state at its last token, and of the reply's tokens mean, maximum, last."""
+    """Of a text, from each of `layers`: the hidden state at its last token, and of the reply's tokens mean, maximum, last."""
 
     TEXT = ("Person: {}\nReply:", " {}", "\nThis reply is")
     MOST_TOKENS = (44, 64)  # of what the person said (its end), of the reply (its beginning)
 
-    def __init__(self, model: str, layer: int):
+    def __init__(self, model: str, layers: tuple[int, ...]):
         model, self.tokenizer = load_model(model)
-        self.trunk = frozen_copy(model, "cpu", compute_dtype("cpu")).base_model
-        self.trunk.layers = self.trunk.layers[:layer]
+        self.layers, self.trunk = layers, frozen_copy(model, "cpu", compute_dtype("cpu")).base_model
+        self.trunk.layers = self.trunk.layers[: max(layers)]  # the others are not needed
         self.trunk.norm = nn.Identity()
 
     def tokens(self, messages: tuple[str, ...], reply: str) -> tuple[list[int], int, int]:
@@ -60,7 +60,7 @@ class Features:
 
     @torch.no_grad()
     def __call__(self, texts: list[tuple[tuple[str, ...], str]], at_once: int = 16) -> torch.Tensor:
-        """(messages, reply) of N texts -> (N, 4 D) float32."""
+        """(messages, reply) of N texts -> (N, 4 L D) float32, L layers."""
         tokens = [self.tokens(*text) for text in texts]
         order = sorted(range(len(texts)), key=lambda n: len(tokens[n][0]))
         features_N = [None] * len(texts)
@@ -68,7 +68,10 @@ class Features:
             rows = order[first : first + at_once]
             width = max(len(tokens[n][0]) for n in rows)
             ids_B_T = torch.tensor([tokens[n][0] + [0] * (width - len(tokens[n][0])) for n in rows])
-            hidden_B_T_D = self.trunk(input_ids=ids_B_T, use_cache=False).last_hidden_state.float()
+            states = self.trunk(input_ids=ids_B_T, use_cache=False, output_hidden_states=True).hidden_states
+            hidden_B_T_D = torch.cat(
+                [states[layer] for layer in self.layers], -1
+            ).float()  # D: all layers' side by side
             for n, hidden_T_D in zip(rows, hidden_B_T_D):  # causal: what is padded on the right is seen by nobody
                 ids, start, end = tokens[n]
                 reply_T_D = hidden_T_D[start:end]
@@ -93,7 +96,7 @@ class Head(nn.Module):
         return self.linear((features_N_F - self.mean) / self.deviation)
 
 
-def fit_head(features_N_F, shares_N_A, l2: float = 0.05) -> Head:
+def fit_head(features_N_F, shares_N_A, l2: float = 0.1) -> Head:
     """Multinomial logistic regression by LBFGS; the targets are shares of acts. What serves weighs twice: a friend's words
     taken for nonsense teach worse than the other way round."""
     weight_N = 1 + shares_N_A[:, : len(INTENTIONS)].sum(-1)
@@ -120,7 +123,7 @@ class Reader:
         if not Path(weights).is_file():
             raise ModelError(f"--reader {weights}: no such file; `python reader.py --fit` makes one")
         saved = torch.load(weights, weights_only=True)
-        self.features, self.head = Features(saved["model"], saved["layer"]), Head(len(saved["head"]["mean"]))
+        self.features, self.head = Features(saved["model"], saved["layers"]), Head(len(saved["head"]["mean"]))
         self.head.load_state_dict({name: value.float() for name, value in saved["head"].items()})
 
     @torch.no_grad()
@@ -134,10 +137,10 @@ class Reader:
 load_reader = cache(Reader)  # a process needs a reader once
 
 
-def save_reader(path: Path, model: str, layer: int, head: Head) -> None:
+def save_reader(path: Path, model: str, layers: tuple[int, ...], head: Head) -> None:
     state = {name: value.half() if "linear" in name else value for name, value in head.state_dict().items()}
     draft = path.with_suffix(".tmp")
-    torch.save({"model": model, "layer": layer, "head": state}, draft)
+    torch.save({"model": model, "layers": layers, "head": state}, draft)
     draft.replace(path)
 
 
@@ -174,13 +177,13 @@ def print_confusion(confusion: Counter) -> None:
         print(act.ljust(10), *shares, f"  of {total}")
 
 
-def fit(path: Path, layer: int, judge: bool, made: float = 0.4) -> None:
+def fit(path: Path, layers: tuple[int, ...], judge: bool, made: float = 0.4) -> None:
     started = time.perf_counter()
     kept, held_out = (load_profiles(DATA / f"{name}_profiles.jsonl") for name in ("train", "validation"))
     parts = split(load_exchanges(), {profile.id for profile in held_out})
     if judge:  # the other way round: fitted on what the reader has not seen
         parts = {"fit": [e for name in parts if name != "fit" for e in parts[name]], "new both": parts["fit"]}
-    features = Features(SMOLLM2, layer)
+    features = Features(SMOLLM2, layers)
     examples = {name: examples_of(part, [*kept, *held_out], made) for name, part in parts.items()}
     features_of = {name: features([(e.messages, e.reply) for e in part]) for name, part in examples.items()}
     targets_N_A = torch.tensor([[e.shares.get(act, 0.0) for act in ACTS] for e in examples["fit"]])
@@ -191,7 +194,7 @@ def fit(path: Path, layer: int, judge: bool, made: float = 0.4) -> None:
         print(
             f"{name:12} acts right {row['acts right']} %, good from bad {row['good from bad']} %, of {row['replies']} replies"
         )
-    save_reader(path, SMOLLM2, layer, head)
+    save_reader(path, SMOLLM2, layers, head)
     print(f"written: {path.name} ({path.stat().st_size / 1e3:.0f} kB), {time.perf_counter() - started:.0f} s")
 
 
@@ -219,7 +222,12 @@ def main(argv=None) -> int:
     add("--fit", action="store_true", help="fit the head anew")
     add("--strangers", action="store_true", help="how strangers' graded replies move the offline user")
     add("--judge", action="store_true", help="the second reader, on what the first has not seen")
-    add("--layer", type=int, help="whose output is read, of SmolLM2's 30 (default: 14, the judge 18)")
+    add(
+        "--layers",
+        type=int,
+        nargs="+",
+        help="whose outputs are read, of SmolLM2's 30 (default: 10 14 18, the judge 22)",
+    )
     add("--out", help="where the weights go")
     args = parser.parse_args(argv)
     if not args.fit and not args.strangers:
@@ -227,7 +235,7 @@ def main(argv=None) -> int:
     path = Path(args.out or (JUDGE if args.judge else WEIGHTS))
     try:
         if args.fit:
-            fit(path, args.layer or (18 if args.judge else 14), args.judge)
+            fit(path, tuple(args.layers or ((22,) if args.judge else (10, 14, 18))), args.judge)
         if args.strangers:
             judged_by_strangers(path)
     except (ValueError, OSError) as error:

@@ -54,7 +54,7 @@ SETTINGS = {  # flag: its default per preset
     "critic_lr": (1e-4, 5e-6),
     "warmup": (1, 7),
     "minibatches": (2, 1),
-    "kl": (0.02, 0.0),
+    "kl": (0.01, 0.0),
     "entropy": (0.0, 0.001),
     "train_layers": (20, None),
     "checkpointing": (False, True),

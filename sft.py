@@ -12,6 +12,7 @@ import hashlib
 import json
 import random
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,9 +25,9 @@ from policy import Chat, Policy, cache_folder, load_model, save_model, train_upp
 from rollout import Dialogue, Turn, instructions, make_batch, next_prompt
 from simulator import HINTS, RLVER, Appraisal, Profile, Reaction, User, with_every_intention, write_whole
 
-EPOCHS, PERSONS_A_STEP, LEARNING_RATE, MICRO_TOKENS = 1, 1, 4e-4, 3000
+EPOCHS, REPLIES_A_STEP, LEARNING_RATE = 1, 8, 4e-4
 LONGEST, TOLD = 15, 5  # words of a reply, messages of a person: what a laptop run has time for
-PLEASED, HINTED = 1 / 3, 0.8  # share of replies after one that did the same; of the others, how many come after a hint
+HINTED = 0.8  # share of replies before which the person hints at what the reply then does
 
 
 def written_dialogues(profiles: list[Profile], chat: Chat, think: bool, seed: int = 0) -> list[Dialogue]:
@@ -41,63 +42,56 @@ def written_dialogues(profiles: list[Profile], chat: Chat, think: bool, seed: in
 
 def written_dialogue(profile: Profile, replies: list[Exchange], wishes: dict, chat: Chat, think: bool, rng) -> Dialogue:
     """A tree: each message of the person in as many versions as replies were written to it, as the offline user would say it:
-    pleased with a reply that did the same, or displeased with one that did something else, and mostly with a hint."""
+    pleased where the reply before did the same as this one, else displeased, mostly with a hint. It goes on after the last."""
     story, past = (profile.first_talk, *profile.facts), Dialogue(User(profile, RLVER.start), RLVER.start)
-    turns, replies_before = [], {}  # act: a reply to the message before
-    past_reply, past_act = None, ""  # what the person was displeased with
+    turns, past_act = [], ""
     for told in sorted({e.turn for e in replies})[:TOLD]:
         here = [e for e in replies if e.turn == told]
         displeased = rng.choice(DISPLEASED[profile.main_cha])  # the same for all: what begins alike is computed once
-        replies_here = {}
-        for e in rng.sample(here, len(here)):
+        for e in (shuffled := rng.sample(here, len(here))):
             wish, message = wishes.get((profile.id, e.act), profile), [story[told]]
-            pleased = e.act in replies_before and (e.act == past_act or rng.random() < PLEASED)
-            if past_reply:
-                message.insert(0, rng.choice(wish.pleased) if pleased else displeased)
-            if not pleased and e.act == wish.intention and rng.random() < HINTED:
+            if past.turns:
+                message.insert(0, rng.choice(wish.pleased) if e.act == past_act else displeased)
+            if e.act == wish.intention != past_act and rng.random() < HINTED:
                 message.append(rng.choice(wish.hints))
-            if past_reply:
-                past.turns = [replies_before[e.act] if pleased else past_reply]
-                past.turns[0].reaction = Reaction(Appraisal(0), RLVER.start, " ".join(message), False)
+            if past.turns:
+                past.turns[-1].reaction = Reaction(Appraisal(0), RLVER.start, " ".join(message), False)
             else:
                 past.user.messages = [" ".join(message)]
             prompt_ids, _ = next_prompt(chat, past, think)
             ids = chat.text_ids(f"{e.thought}</think>\n{e.reply}" if think else e.reply) + [chat.stop_id]
             turns.append(Turn(prompt_ids, ids, [0.0] * len(ids), True, e.thought, e.reply, True))
-            replies_here[e.act], last_act = turns[-1], e.act
-        replies_before, past_reply, past_act = replies_here, turns[-1], last_act
+        past.turns, past_act = turns[-1:], shuffled[-1].act
     return Dialogue(past.user, RLVER.start, turns)
 
 
 def train_on(policy: Policy, dialogues: list[Dialogue], seed: int = 0) -> None:
-    """AdamW on the replies' tokens alone, the learning rate falling to 0."""
+    """AdamW on the replies' tokens alone, a few replies of one person a step, the learning rate falling to 0."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     order = [d for epoch in range(EPOCHS) for d in random.Random(f"{seed} {epoch}").sample(dialogues, len(dialogues))]
-    steps = range(0, len(order), PERSONS_A_STEP)
-    with tqdm(steps, desc="cold start", unit="step", leave=False) as bar:
-        for first in bar:
-            batch, loss = make_batch(order[first : first + PERSONS_A_STEP], "terminal"), 0.0
+    parts = [
+        replace(d, turns=d.turns[k : k + REPLIES_A_STEP]) for d in order for k in range(0, len(d.turns), REPLIES_A_STEP)
+    ]
+    with tqdm(parts, desc="cold start", unit="step", leave=False) as bar:
+        for step, part in enumerate(bar):
             for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * (1 - first / len(order))
-            for members, weight in micro_batches(batch, MICRO_TOKENS):
-                log_probs_n, _, _ = policy(batch, members)
-                part = -weight * log_probs_n.sum() / len(batch)
-                part.backward()
-                loss += part.item()
+                group["lr"] = LEARNING_RATE * (1 - step / len(parts))
+            log_probs_n, _, _ = policy(make_batch([part], "terminal"), [0])
+            loss = -log_probs_n.mean()
+            loss.backward()
             clip_gradients(policy, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            bar.set_postfix(loss=f"{loss:.2f}")
+            bar.set_postfix(loss=f"{loss.item():.2f}")
 
 
 @torch.no_grad()
 def loss_on(policy: Policy, dialogues: list[Dialogue]) -> float:
     """Nats per token of the written replies."""
     batch = make_batch(dialogues, "terminal")
-    return -sum(policy(batch, members)[0].sum().item() for members, _ in micro_batches(batch, MICRO_TOKENS)) / len(
-        batch
-    )
+    log_probs = sum(policy(batch, members)[0].sum().item() for members, _ in micro_batches(batch, 3000))
+    return -log_probs / len(batch)
 
 
 def cold_start(

@@ -432,11 +432,11 @@ REPLIES = (
 def sharp_reader(tiny_folder, tmp_path):
     """A reader on a tiny model that is sure of what it reads, and reads most replies differently."""
     torch.manual_seed(0)
-    head, features = Head(4 * 32), Features(str(tiny_folder), 2)([(("Well.",), reply) for reply in REPLIES])
+    head, features = Head(4 * 32), Features(str(tiny_folder), (2,))([(("Well.",), reply) for reply in REPLIES])
     head.mean, head.deviation = features.mean(0), features.std(0) + 1e-5
     head.linear.weight.data *= 10
     path = tmp_path / "sharp.pt"
-    save_reader(path, str(tiny_folder), 2, head)
+    save_reader(path, str(tiny_folder), (2,), head)
     return path
 
 

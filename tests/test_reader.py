@@ -8,6 +8,7 @@ from conftest import ROOT
 
 from exchanges import HELD_OUT_AUTHORS, Exchange, examples_of, load_exchanges, shares_of, split
 from offline_user import DISPLEASED
+from policy import load_model
 from reader import ACTS, Features, Head, fit_head, measure
 from simulator import INTENTIONS, load_profiles
 
@@ -76,7 +77,7 @@ def test_examples_are_what_a_user_would_have_said_and_made_up_ones_no_answer_to_
 
 
 def test_what_is_read_is_the_end_of_what_was_said_and_the_beginning_of_the_reply(tiny_folder):
-    features = Features(str(tiny_folder), 2)
+    features = Features(str(tiny_folder), (2,))
     said, reply = ("Long ago.", "It was a Monday, " * 4, "and nobody had come."), "Then you waited, and waited. " * 4
     ids, start, end = features.tokens(said, reply)
     decode = features.tokenizer.decode
@@ -87,8 +88,8 @@ def test_what_is_read_is_the_end_of_what_was_said_and_the_beginning_of_the_reply
 
 
 def test_features_are_of_the_text_alone_whatever_it_is_read_with(tiny_folder):
-    """Its last token, and of the reply the mean, the maximum and the last token, by the lower layers; without padding."""
-    features = Features(str(tiny_folder), 2)
+    """Its last token, and of the reply the mean, the maximum and the last token, from several layers; without padding."""
+    features, (whole, _) = Features(str(tiny_folder), (1, 2)), load_model(str(tiny_folder))
     texts = [
         (("Well.",), "No."),
         (("It rained on the fair.", "All day."), "And you stood there, " * 3),
@@ -97,7 +98,8 @@ def test_features_are_of_the_text_alone_whatever_it_is_read_with(tiny_folder):
     for text, found in zip(texts, features(texts)):
         ids, start, end = features.tokens(*text)
         with torch.no_grad():
-            hidden = features.trunk(input_ids=torch.tensor([ids])).last_hidden_state[0].float()
+            states = whole.base_model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
+        hidden = torch.cat((states[1][0], states[2][0]), -1)
         reply = hidden[start:end]
         expected = torch.cat([hidden[-1], reply.mean(0), reply.max(0).values, reply[-1]])
         assert (found - expected).abs().max() < 0.1 * expected.abs().max()

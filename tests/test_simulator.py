@@ -137,9 +137,9 @@ def test_profiles_cover_intentions_and_characters_and_share_no_persona(splits):
     assert len(set(texts)) == len(texts), "no fact is told by two people"
 
 
-def test_every_person_has_four_hints_of_its_own(splits):
+def test_every_person_has_five_hints_of_its_own(splits):
     everybody = [profile for split in splits.values() for profile in split]
-    assert {len(profile.hints) for profile in everybody} == {4}
+    assert {len(profile.hints) for profile in everybody} == {5}
     hints = [" ".join(hint.lower().split()) for profile in everybody for hint in profile.hints]
     assert len(set(hints)) == len(hints), "no hint twice in the three files"
     for profile in everybody:
@@ -376,6 +376,15 @@ def test_who_hints_when(profiles):
         )
         assert hints_in(talk(profile, said(profile.intention), "open", start=10)[0])[:3] == [1, 0, 0]
     assert 0.65 < sum(shares) / len(shares) < 0.85, "not always"
+
+
+def test_hints_are_veiled_at_first_and_outright_after_that(profiles):
+    """In the order of the file; open users begin with the second, which asks outright."""
+    for profile in profiles:
+        for difficulty, first in (("vanilla", 0), ("open", 1)):
+            user, _ = talk(profile, said("beside"), difficulty, start=90)
+            given = [hint for message in user.messages for hint in profile.hints if hint in message]
+            assert given and given == [profile.hints[(first + k) % 5] for k in range(len(given))]
 
 
 def opening_of(message, wordings):
