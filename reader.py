@@ -167,10 +167,8 @@ def measure(head: Head, features_N_F, examples: list[Example]) -> dict:
 
 
 def print_confusion(confusion: Counter) -> None:
-    print(
-        "\nheld out, in percent: a row is what a reply is, a column what was read\n" + " " * 10,
-        *(act[:5].rjust(5) for act in ACTS),
-    )
+    print("\nheld out, in percent: a row is what a reply is, a column what was read")
+    print(" " * 10, *(act[:5].rjust(5) for act in ACTS))
     for act in ACTS:
         total = sum(count for (true, _), count in confusion.items() if true == act)
         shares = (f"{100 * confusion[act, read] / max(1, total):5.0f}" for read in ACTS)

@@ -15,8 +15,8 @@ Deliberate deviations from the paper, laptop preset only
     - Advantages are not divided by the group's standard deviation: where all replies miss, what differs is noise.
     - A KL to the model after the cold start holds the eight acts together, of which the rarest would die out.
     - Sampling at temperature 0.9: at temperature 1 a 135M model writes noise. All log-probs are of that same policy.
-    - A cold start (sft.py), three turns in training, with users who hint from the first message on (`--difficulty open`); held-out
-      users hint only when a reply has missed, for nine turns.
+    - A cold start (sft.py), three turns in training, with users who ask outright from the first message on (`--difficulty open`);
+      held-out users hint only when a reply has missed, for nine turns.
 Held-out dialogues are with `vanilla` users and sampled at --eval-temperature, 0.7 with both presets.
 """
 

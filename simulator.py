@@ -48,9 +48,8 @@ class ProfileError(ValueError):
 class Profile:
     """One person, in the public schema (`id` to `first_talk`) plus what only the offline user needs.
 
-    A prompted user opens by itself where `first_talk` is empty, as in the official train split. `facts` are the pieces of the
-    story that follow `first_talk`; `hints` are what the person may let slip when a reply has missed what they came for, `pleased`
-    what they say when one has given it.
+    A prompted user opens by itself where `first_talk` is empty, as in the official train split. `facts` continue its story; `hints`
+    are said when a reply has missed what the person came for, the first one veiled, `pleased` when one has given it.
     """
 
     id: str

@@ -132,7 +132,7 @@ def tiny_reader(tiny_folder):
     """A reader on a tiny model, with a random head."""
     torch.manual_seed(0)
     path = tiny_folder.parent / "reader.pt"
-    save_reader(path, str(tiny_folder), 2, Head(4 * 32))
+    save_reader(path, str(tiny_folder), (2,), Head(4 * 32))
     return path
 
 
