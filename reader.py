@@ -69,9 +69,7 @@ class Features:
             width = max(len(tokens[n][0]) for n in rows)
             ids_B_T = torch.tensor([tokens[n][0] + [0] * (width - len(tokens[n][0])) for n in rows])
             states = self.trunk(input_ids=ids_B_T, use_cache=False, output_hidden_states=True).hidden_states
-            hidden_B_T_D = torch.cat(
-                [states[layer] for layer in self.layers], -1
-            ).float()  # D: all layers' side by side
+            hidden_B_T_D = torch.cat([states[layer] for layer in self.layers], -1).float()  # the layers side by side
             for n, hidden_T_D in zip(rows, hidden_B_T_D):  # causal: what is padded on the right is seen by nobody
                 ids, start, end = tokens[n]
                 reply_T_D = hidden_T_D[start:end]
