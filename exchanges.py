@@ -17,7 +17,8 @@ from simulator import INTENTIONS, Profile
 
 DATA = Path(__file__).parent / "data"
 EXCHANGES = DATA / "exchanges.jsonl"
-HELD_OUT_AUTHORS = ("e", "f")
+HELD_OUT_AUTHORS = ("e", "f", "plain8", "plain9")
+PLAIN = "plain"  # authors who wrote short, plain sentences, which a model of 135M parameters can imitate and still make sense
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Exchange:
     act: str
     grade: int  # 0 does nothing or harms, 1 half an answer, 2 good, 3 what a perceptive friend would say
     also: str  # a second act, or none
-    author: str
+    author: str  # a person, or `policy`: what a trained model said, graded by hand
     thought: str
     reply: str
 

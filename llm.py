@@ -44,7 +44,7 @@ class ServerLLM:
 
     OPTIONAL = ("response_format", "temperature", "max_tokens")  # fields that some servers refuse
 
-    def __init__(self, url, model, concurrency=32, timeout=60.0, attempts=5, temperature=0.0, turn_timeout=300.0):
+    def __init__(self, url, model, concurrency=32, timeout=150.0, attempts=5, temperature=0.0, turn_timeout=300.0):
         self.url, self.model, self.temperature = url.rstrip("/"), model, temperature
         self.name = f"{self.url} {model} {temperature}"
         self.turn_timeout = turn_timeout

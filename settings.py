@@ -11,13 +11,13 @@ Presets
 
 Deliberate deviations from the paper, laptop preset only
     - `delta` rewards without discount over turns (gamma 0): each reply is credited with the emotion change that it caused
-      itself. With 16 steps there is no time to find out which of several replies earned a final emotion.
+      itself. With 20 steps there is no time to find out which of several replies earned a final emotion.
     - Advantages are not divided by the group's standard deviation: where all replies miss, what differs is noise.
     - A KL to the model after the cold start holds the eight acts together, of which the rarest would die out.
-    - Sampling at temperature 0.9: at temperature 1 a 135M model writes noise. All log-probs are of that same policy.
+    - Sampling at temperature 0.7: at temperature 1 a 135M model writes noise. All log-probs are of that same policy.
     - A cold start (sft.py), three turns in training, with users who ask outright from the first message on (`--difficulty open`);
       held-out users hint only when a reply has missed, for nine turns.
-Held-out dialogues are with `vanilla` users and sampled at --eval-temperature, 0.7 with both presets.
+Held-out dialogues are with `vanilla` users and sampled at --eval-temperature, 0.5 with both presets.
 """
 
 import argparse
@@ -41,13 +41,13 @@ SETTINGS = {  # flag: its default per preset
     "cold_start": ("exchanges", "none"),
     "reward": ("delta", "terminal"),
     "gamma": (0.0, 1.0),
-    "steps": (16, 350),
+    "steps": (20, 350),
     "batch": (32, 32),
     "group": (4, 4),
     "turns": (3, RLVER.turns),
     "difficulty": ("open", "vanilla"),
     "max_new_tokens": (24, 5000),
-    "temperature": (0.9, 1.0),
+    "temperature": (0.7, 1.0),
     "std": (False, True),
     "lr": (1.5e-4, 1e-6),
     "lr_end": (0.5, 1.0),
@@ -133,7 +133,7 @@ def add_run_flags(parser) -> None:
     add("--save-every", type=positive_int, help="steps between checkpoints")
     add("--eval-every", type=positive_int, help="steps between scores on validation profiles; the best model is kept")
     add("--patience", type=positive_int, default=3, help="--eval-every's scores without a new best, then the run stops")
-    add("--eval-temperature", type=not_negative, default=0.7, help="of held-out and validation dialogues; 0: greedy")
+    add("--eval-temperature", type=not_negative, default=0.5, help="of held-out and validation dialogues; 0: greedy")
     add("--no-eval", action="store_true", help="skip the held-out score before and after")
     add("--track", choices=("tensorboard", "wandb"), help="also log to this tracker")
 

@@ -5,7 +5,7 @@
 
 The paper starts from Qwen2.5-7B-Instruct, which can hold such a talk already; SmolLM2-135M cannot, and what is never sampled is
 never rewarded. Every training person is here with every hidden intention (data/hints.jsonl), or the model would learn by heart who
-wants what. Persons and authors that the reader holds out are not trained on. The result is kept in the user's cache.
+wants what. Persons that the reader holds out are not trained on. The result is kept in the user's cache.
 """
 
 import hashlib
@@ -19,22 +19,21 @@ import torch
 from tqdm import tqdm
 
 from distributed import clip_gradients, micro_batches
-from exchanges import EXCHANGES, HELD_OUT_AUTHORS, Exchange, load_exchanges
+from exchanges import EXCHANGES, PLAIN, Exchange, load_exchanges
 from offline_user import DISPLEASED, WORDS_FILE
 from policy import Chat, Policy, cache_folder, load_model, save_model, train_upper_layers
 from rollout import Dialogue, Turn, instructions, make_batch, next_prompt
 from simulator import HINTS, RLVER, Appraisal, Profile, Reaction, User, with_every_intention, write_whole
 
 EPOCHS, REPLIES_A_STEP, LEARNING_RATE = 1, 8, 4e-4
-LONGEST, TOLD = 15, 5  # words of a reply, messages of a person: what a laptop run has time for
 HINTED = 0.8  # share of replies before which the person hints at what the reply then does
 
 
 def written_dialogues(profiles: list[Profile], chat: Chat, think: bool, seed: int = 0) -> list[Dialogue]:
-    """One dialogue with each person, of the good, short replies of data/exchanges.jsonl."""
+    """One dialogue with each person, of the plain replies of data/exchanges.jsonl."""
     rng, replies_of = random.Random(seed), defaultdict(list)
     for e in load_exchanges():
-        if e.author not in HELD_OUT_AUTHORS and e.grade >= 2 and len(e.reply.split()) <= LONGEST:
+        if e.author.startswith(PLAIN):
             replies_of[e.id].append(e)
     wishes = {(profile.id, profile.intention): profile for profile in with_every_intention(profiles)}
     return [written_dialogue(p, replies_of[p.id], wishes, chat, think, rng) for p in profiles if replies_of[p.id]]
@@ -45,7 +44,7 @@ def written_dialogue(profile: Profile, replies: list[Exchange], wishes: dict, ch
     pleased where the reply before did the same as this one, else displeased, mostly with a hint. It goes on after the last."""
     story, past = (profile.first_talk, *profile.facts), Dialogue(User(profile, RLVER.start), RLVER.start)
     turns, past_act = [], ""
-    for told in sorted({e.turn for e in replies})[:TOLD]:
+    for told in sorted({e.turn for e in replies}):
         here = [e for e in replies if e.turn == told]
         displeased = rng.choice(DISPLEASED[profile.main_cha])  # the same for all: what begins alike is computed once
         for e in (shuffled := rng.sample(here, len(here))):

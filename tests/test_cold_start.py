@@ -11,11 +11,11 @@ from conftest import ROOT, tiny_model
 from transformers import AutoModelForCausalLM
 
 import sft
-from exchanges import HELD_OUT_AUTHORS, Exchange, load_exchanges
+from exchanges import HELD_OUT_AUTHORS, PLAIN, Exchange, load_exchanges
 from offline_user import DISPLEASED
 from policy import Policy, load_model
 from rollout import Dialogue, Turn
-from sft import LONGEST, cold_start, loss_on, train_on, written_dialogues
+from sft import cold_start, loss_on, train_on, written_dialogues
 from simulator import INTENTIONS, User, load_profiles, with_every_intention
 
 
@@ -37,13 +37,10 @@ def test_every_training_person_comes_with_every_intention_and_its_own_hints(pers
     assert with_every_intention(held_out) == held_out, "who is held out keeps to what is in its file"
 
 
-def test_only_good_short_replies_of_authors_that_are_not_held_out_are_learned(persons, chat, monkeypatch):
-    reply = lambda text, grade=2, author="a", at=0: Exchange(
-        persons[at].id, 0, "advice", grade, "", author, "Hm.", text
-    )
-    kept = [reply("Two."), reply("Three.", 3)]
-    others = [reply("Half.", 1), reply("None.", 0), reply("Long " * LONGEST + "one."), reply("Another's.", at=2)]
-    others += [reply("A stranger's.", author=author) for author in HELD_OUT_AUTHORS]
+def test_only_plain_replies_are_learned(persons, chat, monkeypatch):
+    reply = lambda text, author=PLAIN, at=0: Exchange(persons[at].id, 0, "advice", 2, "", author, "Hm.", text)
+    kept = [reply("Two."), reply("Three.", PLAIN + "2")]
+    others = [reply("Another's.", at=2), reply("Richer.", "a"), reply("Said.", "policy")]
     monkeypatch.setattr(sft, "load_exchanges", lambda: [*others, *kept])
     (dialogue,) = written_dialogues(persons[:2], chat, think=False)
     assert dialogue.user.profile is persons[0]
@@ -74,7 +71,7 @@ def test_the_person_tells_the_story_in_order_and_is_displeased_where_it_hints(pe
 
 @pytest.mark.parametrize("think", (False, True))
 def test_a_hint_comes_before_a_reply_that_does_what_it_asks_for(persons, chat, think):
-    """Good, short replies of authors that are not held out, each once; about seven in ten after a hint, which is its act's."""
+    """Plain replies, each once; about eight in ten after a hint, which is its act's."""
     written = {(e.id, e.reply): e for e in load_exchanges()}
     everyone = with_every_intention(persons)
     hints = {(p.id, hint): p.intention for p in everyone for hint in p.hints}
@@ -84,7 +81,7 @@ def test_a_hint_comes_before_a_reply_that_does_what_it_asks_for(persons, chat, t
         name, seen = dialogue.user.profile.id, set()
         for turn in dialogue.turns:
             e, prompt = written[name, turn.reply], chat.decode(turn.prompt_ids)
-            assert e.grade >= 2 and e.author not in HELD_OUT_AUTHORS and len(e.reply.split()) <= LONGEST
+            assert e.grade >= 2 and e.author.startswith(PLAIN) and e.author not in HELD_OUT_AUTHORS
             asked = prompt.rpartition("<|im_start|>user\n")[2]
             acts = {act for (who, hint), act in hints.items() if who == name and hint in asked}
             assert acts in (set(), {e.act}) and turn.reply not in seen
