@@ -167,7 +167,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--user", choices=("plain", "adversarial"), default="plain", help="how the user behaves")
     add_simulator_flags(parser)
     add("--think", action="store_true", help="think-then-say format")
-    add("--temperature", type=not_negative, default=0.5, help="0 is greedy")
+    add("--temperature", type=not_negative, default=0.7, help="0 is greedy")
     add("--max-new-tokens", type=positive_int, default=24, help="per reply, thinking included")
     add(
         "--slots",

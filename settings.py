@@ -17,7 +17,7 @@ Deliberate deviations from the paper, laptop preset only
     - Sampling at temperature 0.7: at temperature 1 a 135M model writes noise. All log-probs are of that same policy.
     - A cold start (sft.py), three turns in training, with users who ask outright from the first message on (`--difficulty open`);
       held-out users hint only when a reply has missed, for nine turns.
-Held-out dialogues are with `vanilla` users and sampled at --eval-temperature, 0.5 with both presets.
+Held-out dialogues are with `vanilla` users and sampled at --eval-temperature, 0.7 with both presets.
 """
 
 import argparse
@@ -133,7 +133,7 @@ def add_run_flags(parser) -> None:
     add("--save-every", type=positive_int, help="steps between checkpoints")
     add("--eval-every", type=positive_int, help="steps between scores on validation profiles; the best model is kept")
     add("--patience", type=positive_int, default=3, help="--eval-every's scores without a new best, then the run stops")
-    add("--eval-temperature", type=not_negative, default=0.5, help="of held-out and validation dialogues; 0: greedy")
+    add("--eval-temperature", type=not_negative, default=0.7, help="of held-out and validation dialogues; 0: greedy")
     add("--no-eval", action="store_true", help="skip the held-out score before and after")
     add("--track", choices=("tensorboard", "wandb"), help="also log to this tracker")
 
