@@ -30,7 +30,7 @@ class Exchange:
     act: str
     grade: int  # 0 does nothing or harms, 1 half an answer, 2 good, 3 what a perceptive friend would say
     also: str  # a second act, or none
-    author: str  # a person, or `policy`: what a trained model said, graded by hand
+    author: str  # a person, or `policy`: what a model said after the cold start, graded by hand
     thought: str
     reply: str
 
