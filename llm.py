@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import openai
 
-from answers import without_surrogates
+from answers import THOUGHT, without_surrogates
 from generator import Generator
 from policy import Chat
 from prefix_tree import common_prefix
@@ -42,7 +42,8 @@ class ServerLLM:
     The key comes from RLVER_API_KEY, or for OpenAI itself OPENAI_API_KEY, and goes nowhere but into the request's header.
     """
 
-    OPTIONAL = ("response_format", "temperature", "max_tokens")  # fields that some servers refuse
+    OPTIONAL = ("response_format", "temperature", "max_tokens", "stop")  # fields that some servers refuse
+    NEXT_CASE = ["\n# The other", "\n# Your last"]  # a small model that has answered goes on with another question
 
     def __init__(self, url, model, concurrency=32, timeout=150.0, attempts=5, temperature=0.0, turn_timeout=300.0):
         self.url, self.model, self.temperature = url.rstrip("/"), model, temperature
@@ -104,9 +105,10 @@ class ServerLLM:
             except (openai.OpenAIError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 reason = "an answer that is no chat completion"
                 break
-            if choice.finish_reason != "length":
+            cut = choice.finish_reason == "length"
+            if not cut or (answer and not THOUGHT.search(answer)):
                 self.refused |= set() if too_long else dropped  # it was them: the next question goes without
-                return answer
+                return answer.rpartition("\n")[0] if cut else answer  # the last line is not whole
             reason = f"an answer cut at {body.get('max_tokens', 'most')} tokens"
             if body.get("max_tokens") != 512:
                 break
@@ -116,7 +118,7 @@ class ServerLLM:
     def _body(self, system: str, text: str, sections: tuple[str, ...], integers: tuple[str, ...]) -> dict:
         example = zip(("user", "assistant"), FORMAT_EXAMPLES.get(sections, ()))
         turns = [("system", system), *example, ("user", text)]
-        body = {"model": self.model, "temperature": self.temperature, "max_tokens": 512}
+        body = {"model": self.model, "temperature": self.temperature, "max_tokens": 512, "stop": self.NEXT_CASE}
         body["messages"] = [{"role": role, "content": content} for role, content in turns]
         whole = lambda name: name in integers or sections[-1] == name == "Change"
         kinds = {name: {"type": "integer" if whole(name) else "string"} for name in sections}

@@ -346,10 +346,8 @@ FAULTS = {
     "1 MB of text": (lambda n: "x" * 2**20, "malformed answer, twice"),
     "thinking that leaks": (lambda n: "<think>She wants praise.\nResponse: Hm.", "malformed answer, twice"),
     "every field refused": (lambda n: (400, {}, b"unsupported: temperature", 0), "HTTP 400"),
-    "cut for ever": (
-        lambda n: (200, {}, completion("Response: And then", "length"), 0),
-        "an answer cut at 2048 tokens",
-    ),
+    "cut for ever": (lambda n: (200, {}, completion("Response: And then", "length"), 0), "malformed answer, twice"),
+    "thinking for ever": (lambda n: (200, {}, completion("<think>And then", "length"), 0), "cut at 2048 tokens"),
     "change +15": (lambda n: None, ""),
     "special tokens": (lambda n: None, ""),
 }
@@ -441,8 +439,9 @@ def completion(text, reason):
     return json.dumps({"choices": [{"message": {"content": text}, "finish_reason": reason}]}).encode()
 
 
-def test_an_answer_cut_at_the_token_limit_is_none():
-    cut = (200, {}, completion(FIVE.format("-1"), "length"), 0)
+@pytest.mark.parametrize("thought", ["", "<think>\nOne may say\nChange: -1"])
+def test_a_model_that_thinks_gets_more_tokens_once(thought):
+    cut = (200, {}, completion(thought, "length"), 0)
     whole = (200, {}, completion(FIVE.format("-10"), "stop"), 0)
     with Stub(lambda count, system, text: cut if count == 1 else whole) as stub:
         assert server(stub).answer("s", "t", sim.APPRAISE_SECTIONS).endswith("-10")
@@ -450,6 +449,29 @@ def test_an_answer_cut_at_the_token_limit_is_none():
     with Stub(lambda count, system, text: cut) as stub, pytest.raises(UserBroken, match="cut at"):
         server(stub).answer("s", "t", sim.APPRAISE_SECTIONS)
     assert len(stub.requests) == 2
+
+
+def test_the_last_line_of_a_cut_answer_is_not_read(profiles):
+    """Of "Change: -10" cut after "-1" nothing is left; of a model that goes on after its message, the message is."""
+    cut = (200, {}, completion(FIVE.format("-1"), "length"), 0)
+    with Stub(lambda count, system, text: cut if count == 1 else "Change: -10" if count == 2 else None) as stub:
+        simulator = PromptedSimulator(server(stub))
+        reaction = simulator.submit(simulator.open(profiles[0], 40).result(), "Hm.").result()
+    assert reaction.appraisal.change == -10 and stub.requests[1]["max_tokens"] == stub.requests[0]["max_tokens"]
+    cut = (200, {}, completion("Response: It rained.\n\n# The other\nIt r", "length"), 0)
+    with Stub(lambda count, system, text: cut if count == 2 else None) as stub:
+        simulator = PromptedSimulator(server(stub))
+        reaction = simulator.submit(simulator.open(profiles[0], 40).result(), "Hm.").result()
+    assert reaction.message == "It rained." and len(stub.requests) == 2
+
+
+def test_a_question_says_where_the_next_one_would_begin(profiles):
+    """Stop sequences are headings that the questions themselves write."""
+    with Stub(lambda count, system, text: "Change: up" if count == 1 else None) as stub:
+        simulator = PromptedSimulator(server(stub))
+        simulator.submit(simulator.open(profiles[0], 40).result(), "Hm.").result()
+    again = stub.requests[1]
+    assert len(again["stop"]) == 2 and all(stop in again["messages"][-1]["content"] for stop in again["stop"])
 
 
 @pytest.mark.parametrize("drip", [b"X-Slow: 1\r\n", b"HTTP/1.1 100 Continue\r\n\r\n", b" "])
