@@ -37,7 +37,8 @@ def in_thread(work, *args) -> Future:
 
 class ServerLLM:
     """An OpenAI-compatible server, by OpenAI's own client, which tries again and backs off. A user's whole turn is bounded in
-    time, whatever the network does; different dialogues run concurrently.
+    time, whatever the network does; different dialogues run concurrently. A model that thinks must be served so that its thinking
+    is marked or left out (vLLM: --reasoning-parser).
 
     The key comes from RLVER_API_KEY, or for OpenAI itself OPENAI_API_KEY, and goes nowhere but into the request's header.
     """

@@ -11,7 +11,7 @@ Presets
 
 Deliberate deviations from the paper, laptop preset only
     - `delta` rewards without discount over turns (gamma 0): each reply is credited with the emotion change that it caused
-      itself. With 17 steps there is no time to find out which of several replies earned a final emotion.
+      itself. With 20 steps there is no time to find out which of several replies earned a final emotion.
     - Advantages are not divided by the group's standard deviation: where all replies miss, what differs is noise.
     - A KL to the model after the cold start holds the eight acts together, of which the rarest would die out.
     - Sampling at temperature 0.7: at temperature 1 a 135M model writes noise. All log-probs are of that same policy.
@@ -41,7 +41,7 @@ SETTINGS = {  # flag: its default per preset
     "cold_start": ("exchanges", "none"),
     "reward": ("delta", "terminal"),
     "gamma": (0.0, 1.0),
-    "steps": (17, 350),
+    "steps": (20, 350),
     "batch": (32, 32),
     "group": (4, 4),
     "turns": (3, RLVER.turns),
