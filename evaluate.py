@@ -44,7 +44,7 @@ from rollout import instructions, rollout
 from settings import not_negative, positive_int
 from simulator import SAGE, load_profiles, write_whole
 from users import add_simulator_flags, make_simulator
-from verify import read_again, read_transcripts, transcripts_that_add_up
+from verify import read_again, read_transcripts, transcript_of, transcripts_that_add_up
 
 # The environment with its prompts, the policy's prompt, its sampling.
 CODE = ("simulator", "prompted_user", "answers", "offline_user", "reader", "llm", "generator", "rollout", "policy", "evaluate",
@@ -344,7 +344,7 @@ def hold(args, model, tokenizer) -> list[dict]:
     for seed in range(args.seed, args.seed + args.seeds):
         seeds = [seed * 1_000_003 + i for i in range(len(profiles))]
         held = evaluate(model, chat, users, profiles, seeds, **sampling)
-        transcripts += [dialogue.transcript() | {"seed": seed} for dialogue in held]
+        transcripts += [transcript_of(dialogue) | {"seed": seed} for dialogue in held]
     return transcripts
 
 

@@ -9,7 +9,8 @@ Deliberate deviations from the paper
     - The baseline is a mean over dialogues, taken before they are expanded into turns and tokens: a long dialogue weighs no
       more in its group than a short one.
     - With `delta` or `mixed` rewards the return is the discounted sum from a turn on, compared with the group's returns
-      at the same turn.
+      at the same turn. With `delta` and gamma 0 the group's replies of a turn answer the same message, so that nothing but
+      the reply is compared (GiGPO, arXiv 2505.10978, compares where states happen to be the same).
     - The k3 estimate of the KL is multiplied by the importance ratio; without it the gradient is not that of the KL.
     - The loss is divided by the number of sampled tokens of the whole batch, not per dialogue, so that a short reply's
       tokens weigh no more than a long one's.
@@ -74,7 +75,7 @@ def policy_loss(log_probs_n, old_log_probs_n, advantages_n, clip: float):
 
 def importance(old_log_probs_n, sampler_log_probs_n, cap: float):
     """Weight trainer / sampler, at most `cap` (truncated importance sampling, Ionides 2008): what generates rounds otherwise than
-    what trains, and with --minibatches it is the policy before the steps on earlier parts. cap 0: no weights."""
+    what trains. cap 0: no weights."""
     return (old_log_probs_n - sampler_log_probs_n).exp().clamp(max=cap) if cap else 1.0
 
 

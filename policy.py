@@ -236,6 +236,8 @@ def sampled_hidden(model, batch: Sequences, members: list[int], dtype: torch.dty
         alone = [batch.merge((dialogue,))[0] for dialogue in members]
         head = common_prefix([tree.ids for tree in alone])
         rows = [[members[k] for k in row] for row in pack([len(tree) - head for tree in alone])]
+        if len(batch.merge(tuple(members))[0]) < sum(map(len, alone)) / 2:
+            rows = [members]  # a group that shares its history
     trees, places, indices = zip(*(batch.merge(tuple(row)) for row in rows))
     row_n = torch.cat([torch.full_like(place, row) for row, place in enumerate(places)])
     place_n, index_n = torch.cat(places), torch.cat(indices)

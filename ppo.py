@@ -62,7 +62,7 @@ def policy_loss(log_probs_n, old_log_probs_n, advantages_n, clip: float):
 
 def importance(old_log_probs_n, sampler_log_probs_n, cap: float):
     """Weight trainer / sampler, at most `cap` (truncated importance sampling, Ionides 2008): what generates rounds otherwise than
-    what trains, and with --minibatches it is the policy before the steps on earlier parts. cap 0: no weights."""
+    what trains. cap 0: no weights."""
     return (old_log_probs_n - sampler_log_probs_n).exp().clamp(max=cap) if cap else 1.0
 
 

@@ -12,18 +12,19 @@ Deliberate deviations from the paper
     - A reply that breaks the think format ends its dialogue at emotion 0: there is nothing that the user could read.
     - A turn cut by the token limit is closed with a stop token that is not trained on, and shown to the user as it is.
     - A dialogue that reaches the turn limit ends there: its emotion is the final one, nothing is bootstrapped.
+    - Dialogues can share their history, so that the replies which are compared answer the same message (`together`).
 """
 
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
 from generator import Generator, columns_for, slots_with_room
 from prefix_tree import Sequences
-from simulator import Profile, Protocol, Reaction, User, UserBroken, emotion_state
+from simulator import Profile, Protocol, Reaction, User, UserBroken
 
 SYSTEM = "You are a close friend who listens."
 THINK_SYSTEM = (
@@ -60,6 +61,7 @@ class Dialogue:
     user: User
     start: int
     turns: list[Turn] = field(default_factory=list)
+    first: "Dialogue | None" = None  # of those that share its history, unless it is that itself
     dropped: str = ""  # why the simulated user broke down; such a dialogue is neither rewarded nor scored
 
     @property
@@ -74,37 +76,11 @@ class Dialogue:
     def rewards(self, kind: str) -> list[float]:
         """One reward per turn. terminal: final emotion / 100 on the last turn (the paper). delta: each turn's change / 100,
         so that the sum is the gain over the start. mixed: the mean of both."""
-        emotions = [self.start] + [turn.reaction.emotion if turn.reaction else 0 for turn in self.turns]
-        delta = [(after - before) / 100 for before, after in zip(emotions, emotions[1:])]
+        emotions = lambda dialogue: [turn.reaction.emotion if turn.reaction else 0 for turn in dialogue.turns]
+        before = [self.start] + emotions(self.first or self)
+        delta = [(after - before) / 100 for before, after in zip(before, emotions(self))]
         terminal = [0.0] * (len(self.turns) - 1) + [self.final_emotion / 100]
         return {"terminal": terminal, "delta": delta, "mixed": [(a + b) / 2 for a, b in zip(terminal, delta)]}[kind]
-
-    def transcript(self) -> dict:
-        """The public SAGE schema, plus the fired rules, the thinking and how each turn ended."""
-        profile = self.user.profile
-        opening = self.user.messages[0] if self.user.messages else ""
-        hinted = lambda message: {"hinted": True} if any(hint in message for hint in profile.hints) else {}
-        history = [{"role": "user", "content": opening, "emotion-point": self.start} | hinted(opening)]
-        for turn in self.turns:
-            said = {"role": "assistant", "content": turn.reply, "thinking": turn.thinking}
-            history.append(said | {"stopped": turn.stopped})
-            if turn.reaction:
-                appraisal = turn.reaction.appraisal
-                planning = {"change": appraisal.change, "fired": appraisal.fired} | appraisal.sections
-                message = {"role": "user", "content": turn.reaction.message, "emotion-point": turn.reaction.emotion}
-                history.append(message | {"planning": planning} | hinted(turn.reaction.message))
-        return {
-            "id": profile.id,
-            "emo_point": self.final_emotion,
-            "emo_state": f"Emotion-{emotion_state(self.final_emotion)}",
-            "character": profile.main_cha,
-            "task": profile.task,
-            "difficulty": self.user.difficulty,
-            "behaviour": self.user.behaviour,
-            "dropped": self.dropped,
-            "format_ok": self.format_ok,
-            "history": history,
-        }
 
 
 def split_thinking(text: str, think: bool) -> tuple[str, str, bool]:
@@ -151,11 +127,11 @@ def next_prompt(chat, dialogue: Dialogue, think: bool) -> tuple[list[int], int]:
     return history + between, len(history) - 1
 
 
-def share_openings(generator: Generator, replies: list[Reply]) -> None:
-    """What dialogues that begin now have in common (in a GRPO group all but the sampling) is computed once."""
+def share_prompts(generator: Generator, replies: list[Reply]) -> None:
+    """What replies that begin now have in common (in a GRPO group the opening, or all that was said) is computed once."""
     groups = {}
     for reply in replies:
-        groups.setdefault(tuple(reply.piece), []).append(reply)
+        groups.setdefault(tuple(reply.prompt_ids), []).append(reply)
     groups = sorted((group for group in groups.values() if len(group) > 1), key=lambda group: group[0].slot)
     if groups:
         generator.feed([group[0].slot for group in groups], [group[0].piece[:-1] for group in groups])
@@ -168,9 +144,13 @@ def share_openings(generator: Generator, replies: list[Reply]) -> None:
 def rollout(
     model, chat, simulator, profiles: list[Profile], seeds: list[int], protocol: Protocol, *, think: bool = False,
     max_new_tokens: int = 40, temperature: float = 1.0, slots: int | None = None, eager: bool = False, on_end=lambda: None,
+    together: int = 1,
 ) -> list[Dialogue]:  # fmt: skip
     """Hold one dialogue per profile; `seeds[i]` alone decides dialogue i's sampling. temperature 0 is greedy. `on_end` is
     called at each dialogue's end (for a progress bar).
+
+    `together` dialogues in a row, with one profile, share their history: each says its own reply, then all go on from the first
+    one's, so that their next replies answer the same message. They end with the first.
 
     Each pass takes one more token of every reply in the making, and the messages of the users who have answered meanwhile: a slow
     user on a server delays nobody else. Users in this process answer together, when nobody speaks any more. At most `slots`
@@ -181,13 +161,16 @@ def rollout(
         return []
     randoms = [torch.Generator().manual_seed(seed) for seed in seeds]
     columns = columns_for(protocol.turns, max_new_tokens, think)
-    free = list(range(min(slots or slots_with_room(model, columns), len(profiles))))
+    at_once = min(slots or slots_with_room(model, columns), len(profiles))
+    free = list(range(max(together, at_once - at_once % together)))
     generator = Generator(
         model, slots=len(free), columns=columns, trunk_ids=chat.head, temperature=temperature, eager=eager
     )
-    opening = {simulator.open(profile, protocol.start): i for i, profile in enumerate(profiles)}
+    for i, dialogue in enumerate(dialogues):
+        dialogue.first = dialogues[i - i % together] if i % together else None
+    opening = {simulator.open(profiles[i], protocol.start): i for i in range(0, len(profiles), together)}
     talks = Talks(
-        chat, simulator, generator, protocol, think, max_new_tokens, on_end, dialogues, randoms, free, opening
+        chat, simulator, generator, protocol, think, max_new_tokens, on_end, together, dialogues, randoms, free, opening
     )
     while talks.opening or talks.waiting or talks.speaking or talks.listening:
         talks.hear()
@@ -211,13 +194,16 @@ class Talks:
     think: bool
     max_new_tokens: int
     on_end: Callable
+    together: int
     dialogues: list[Dialogue]
     randoms: list[torch.Generator]
     free: list[int]  # slots
-    opening: dict[Future, int]  # of which dialogue
-    waiting: deque[int] = field(default_factory=deque)
+    opening: dict[Future, int]  # of which dialogue, the first of those that are held together
+    waiting: deque[int] = field(default_factory=deque)  # likewise
+    slots: dict[int, list[int]] = field(default_factory=dict)  # of the dialogues that are held together
+    unanswered: dict[int, int] = field(default_factory=dict)  # how many of them
     speaking: list[Reply] = field(default_factory=list)
-    listening: dict[Future, Reply] = field(default_factory=dict)
+    listening: dict[Future, int] = field(default_factory=dict)
 
     def hear(self) -> None:
         """Take the messages of the users who have answered."""
@@ -227,33 +213,48 @@ class Talks:
                 self.dialogues[i].user = future.result()
                 self.waiting.append(i)
             except UserBroken as error:
-                self.dialogues[i].dropped = str(error)
-                self.on_end()
+                for dialogue in self.dialogues[i : i + self.together]:
+                    dialogue.dropped = str(error)
+                self.end(i)
         for future in [future for future in self.listening if future.done()]:
-            reply = self.listening.pop(future)
-            dialogue = self.dialogues[reply.dialogue]
+            i = self.listening.pop(future)
             try:
-                reaction = dialogue.turns[-1].reaction = future.result()
+                self.dialogues[i].turns[-1].reaction = future.result()
             except UserBroken as error:
-                dialogue.dropped = str(error)
-                self.end(reply.slot)
-                continue
-            if reaction.goodbye or len(dialogue.turns) == self.protocol.turns:
-                self.end(reply.slot)
-            else:
-                self.begin_reply(reply.dialogue, reply.slot)
+                self.dialogues[i].dropped = str(error)
+            self.go_on(i)
+
+    def go_on(self, i: int) -> None:
+        """A reply was answered, or cannot be: when it is the last of those that are held together, they go on or end."""
+        first = i - i % self.together
+        self.unanswered[first] -= 1
+        if self.unanswered[first]:
+            return
+        dialogue = self.dialogues[first]
+        reaction = dialogue.turns[-1].reaction
+        if not reaction or reaction.goodbye or len(dialogue.turns) == self.protocol.turns:
+            self.end(first)
+        else:
+            self.begin_replies(first)
 
     def seat_the_waiting(self) -> None:
-        already = len(self.speaking)
-        while self.waiting and self.free:
-            self.begin_reply(self.waiting.popleft(), self.free.pop(0))
-        share_openings(self.generator, self.speaking[already:])
+        while self.waiting and len(self.free) >= self.together:
+            first = self.waiting.popleft()
+            self.slots[first] = [self.free.pop(0) for _ in range(self.together)]
+            self.begin_replies(first)
+        share_prompts(self.generator, [reply for reply in self.speaking if not reply.sampled_ids])
 
-    def begin_reply(self, i: int, slot: int) -> None:
-        prompt_ids, held = next_prompt(self.chat, self.dialogues[i], self.think)
-        self.generator.cache.hold(slot, held)
-        uniforms = torch.rand(self.max_new_tokens, generator=self.randoms[i]).tolist()
-        self.speaking.append(Reply(i, slot, prompt_ids, prompt_ids[held:], uniforms))
+    def begin_replies(self, first: int) -> None:
+        """One reply, or one of each dialogue that is held together, to the first one's user."""
+        user = self.dialogues[first].user
+        prompt_ids, held = next_prompt(self.chat, self.dialogues[first], self.think)
+        for i, slot in enumerate(self.slots[first], first):
+            self.generator.cache.hold(slot, held)
+            uniforms = torch.rand(self.max_new_tokens, generator=self.randoms[i]).tolist()
+            self.speaking.append(Reply(i, slot, prompt_ids, prompt_ids[held:], uniforms))
+            if i > first:
+                self.dialogues[i].user = replace(user, messages=list(user.messages), replies=list(user.replies))
+        self.unanswered[first] = self.together
 
     def speak_one_token(self) -> None:
         """One more token of every reply in the making; those that are complete go to their users."""
@@ -278,13 +279,14 @@ class Talks:
         ids = reply.prompt_ids, reply.sampled_ids, reply.log_probs
         dialogue.turns.append(Turn(*ids, stopped, thinking, text, format_ok))
         if format_ok:
-            self.listening[self.simulator.submit(dialogue.user, text)] = reply
+            self.listening[self.simulator.submit(dialogue.user, text)] = reply.dialogue
         else:
-            self.end(reply.slot)
+            self.go_on(reply.dialogue)
 
-    def end(self, slot: int) -> None:
-        self.free.append(slot)
-        self.on_end()
+    def end(self, first: int) -> None:
+        self.free += self.slots.pop(first, [])
+        for _ in range(self.together):
+            self.on_end()
 
 
 # --- 3. What to train on ----------------------------------------------------------------------------------------------

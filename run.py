@@ -19,6 +19,7 @@ from rollout import instructions
 from sft import cold_start
 from simulator import SAGE, Profile, load_profiles, with_every_intention
 from users import make_simulator
+from verify import transcript_of
 
 
 @dataclass
@@ -147,7 +148,7 @@ def held_out(run: Run, sampler, profiles: list[Profile]) -> list[dict]:
     seeds = [seed_of(run.args, -1, i) for i in mine]
     settings = run.sampling | dict(temperature=run.args.eval_temperature, slots=run.test_slots)
     held = evaluate(sampler, run.chat, run.test_simulator, [profiles[i] for i in mine], seeds, **settings)
-    rows = gather_object([(i, dialogue.transcript()) for i, dialogue in zip(mine, held)])
+    rows = gather_object([(i, transcript_of(dialogue)) for i, dialogue in zip(mine, held)])
     return [transcript for _, transcript in sorted(rows, key=lambda row: row[0])]
 
 

@@ -32,6 +32,7 @@ from rollout import Batch, Dialogue, make_batch, rollout
 from run import Run, held_out, prepare, score_after, score_before, seed_of
 from settings import parse_args
 from simulator import RLVER, Profile, Protocol, UserBroken
+from verify import transcript_of
 
 MOST_DROPPED = 0.5  # share of a step's dialogues whose user may break down
 
@@ -80,7 +81,8 @@ def draw_profiles(profiles: list[Profile], step: int, count: int, seed: int) -> 
 
 
 def hold_dialogues(run: Run, step: int, profiles: list[Profile]) -> list[Dialogue]:
-    """--group dialogues with each profile. Every rank holds its share; all ranks get them all."""
+    """--group dialogues with each profile, whose history they share where each reply is credited with what it caused itself.
+    Every rank holds its share; all ranks get them all."""
     args = run.args
     share = args.batch // run.ranks  # whole groups: their opening is computed once
     mine = range(run.rank * share, (run.rank + 1) * share)
@@ -89,12 +91,14 @@ def hold_dialogues(run: Run, step: int, profiles: list[Profile]) -> list[Dialogu
     protocol = Protocol(RLVER.start, args.turns)
     with tqdm(total=share, desc="dialogues", unit="dialogue", leave=False, disable=not run.main) as bar:
         settings = run.sampling | dict(temperature=args.temperature, slots=run.slots, on_end=bar.update)
+        settings["together"] = args.together
         dialogues = rollout(run.models.sampler, run.chat, run.simulator, people, seeds, protocol, **settings)
     return gather_object(dialogues)
 
 
 def write_transcripts(run: Run, step: int, dialogues: list[Dialogue]) -> list[dict]:
-    transcripts = [dialogue.transcript() for dialogue in dialogues]
+    groups = [dialogues[first : first + run.args.together] for first in range(0, len(dialogues), run.args.together)]
+    transcripts = [transcript_of(group[0], group[1:]) for group in groups]
     if run.main:
         logs.append_jsonl(run.out / "transcripts.jsonl", [{"step": step} | row for row in transcripts])
     return transcripts
@@ -113,31 +117,24 @@ def stop_if_broken(run: Run, step: int, dialogues: list[Dialogue]) -> None:
 
 
 def update(run: Run, step: int, batch: Batch) -> dict:
-    """Advantages, and optimizer steps on one of --minibatches parts of the batch after the other. The dialogues of a part are
-    dealt anew: as many tokens for every rank. What was sampled before the steps on earlier parts is
-    weighted by `importance`."""
-    args, models, found = run.args, run.models, []
+    """Advantages, then an update on them. Dialogues are dealt anew: as many tokens for every rank."""
+    args, models = run.args, run.models
     models.make_room()
     set_learning_rates(models.optimizers, step, args)
+    sampled = batch.dialogue_N.bincount(minlength=args.batch).tolist()
+    kept = [dialogue for dialogue in range(args.batch) if sampled[dialogue]]  # their users did not break down
+    dealt = deal([sampled[dialogue] for dialogue in kept], run.ranks)
+    part, index_n = batch.part([kept[piece] for piece in dealt[run.rank]])
     if args.algo == "grpo":
         settings = dict(per_turn=args.reward != "terminal", gamma=args.gamma, std=args.std)
         advantages_N, flat_groups = grpo.group_advantages(batch, args.group, **settings)
-    sampled = batch.dialogue_N.bincount(minlength=args.batch).tolist()
-    kept = [dialogue for dialogue in range(args.batch) if sampled[dialogue]]  # their users did not break down
-    parts = max(1, min(args.minibatches, len(kept) // run.ranks))
-    for k in range(parts):
-        members = kept[k * len(kept) // parts : (k + 1) * len(kept) // parts]
-        dealt = deal([sampled[dialogue] for dialogue in members], run.ranks)
-        mine = [members[piece] for piece in dealt[run.rank]]
-        part, index_n = batch.part(mine)
-        if args.algo == "grpo":
-            advantages_n = advantages_N[index_n]
-            found.append(grpo.update(models.policy, models.reference, *models.optimizers, part, advantages_n, args))
-        else:
-            found.append(ppo.update(models.policy, models.reference, models.critic, *models.optimizers, part, args))
+        advantages_n = advantages_N[index_n]
+        metrics = grpo.update(models.policy, models.reference, *models.optimizers, part, advantages_n, args)
+        metrics["zero_variance_groups"] = flat_groups
+    else:
+        metrics = ppo.update(models.policy, models.reference, models.critic, *models.optimizers, part, args)
     models.follow()
-    metrics = {name: sum(result[name] for result in found) / len(found) for name in found[0]}
-    return metrics | ({"zero_variance_groups": flat_groups} if args.algo == "grpo" else {})
+    return metrics
 
 
 def set_learning_rates(optimizers: list, step: int, args: Namespace) -> None:

@@ -1,4 +1,5 @@
-"""What a transcript holds, derived again: every change from what was read in the reply, every emotion from the changes.
+"""Transcripts: a dialogue in the public SAGE schema; and what one holds, derived again: every change from what was read in the
+reply, every emotion from the changes.
 
 `python evaluate.py --verify out/transcripts.jsonl` calls it; with --read the reader reads every reply once more.
 """
@@ -8,7 +9,38 @@ from pathlib import Path
 
 from extras.probes import intention_of
 from offline_user import TABLE, change_of, guards, points_for, shares_of
-from simulator import User, replay
+from rollout import Dialogue
+from simulator import User, emotion_state, replay
+
+
+def transcript_of(dialogue: Dialogue, others: list[Dialogue] = ()) -> dict:
+    """The public SAGE schema, plus the fired rules, the thinking and how each turn ended; and what `others`, which share the
+    dialogue's history, said instead of it, and how that landed."""
+    profile, user = dialogue.user.profile, dialogue.user
+    hinted = lambda message: {"hinted": True} if any(hint in message for hint in profile.hints) else {}
+    landed = lambda turn: {"change": turn.reaction.appraisal.change, "fired": turn.reaction.appraisal.fired}
+    opening = user.messages[0] if user.messages else ""
+    history = [{"role": "user", "content": opening, "emotion-point": dialogue.start} | hinted(opening)]
+    for t, turn in enumerate(dialogue.turns):
+        said = {"role": "assistant", "content": turn.reply, "thinking": turn.thinking, "stopped": turn.stopped}
+        instead = [{"content": o.turns[t].reply} | landed(o.turns[t]) for o in others if o.turns[t].reaction]
+        history.append(said | ({"instead": instead} if instead else {}))
+        if turn.reaction:
+            planning = landed(turn) | turn.reaction.appraisal.sections
+            message = {"role": "user", "content": turn.reaction.message, "emotion-point": turn.reaction.emotion}
+            history.append(message | {"planning": planning} | hinted(turn.reaction.message))
+    return {
+        "id": profile.id,
+        "emo_point": dialogue.final_emotion,
+        "emo_state": f"Emotion-{emotion_state(dialogue.final_emotion)}",
+        "character": profile.main_cha,
+        "task": profile.task,
+        "difficulty": user.difficulty,
+        "behaviour": user.behaviour,
+        "dropped": dialogue.dropped,
+        "format_ok": dialogue.format_ok,
+        "history": history,
+    }
 
 
 def read_transcripts(path: str) -> list[tuple[dict, list[str]]]:
@@ -49,6 +81,12 @@ def problems_in(transcript: dict) -> list[str]:
         if not fired and not reasons and "difficulty" in transcript:  # the public dialogues give neither
             problems.append(f"turn {turn}: no reason is given for the change {change:+d}")
         changes.append(change)
+    for before, message in zip(transcript["history"], transcript["history"][1:]):
+        for other in message.get("instead", ()):
+            if other["change"] != derived_change(transcript, other["fired"], before["emotion-point"]):
+                problems.append(
+                    f"{other['content']!r:.60}: the change {other['change']:+d} does not follow from its acts"
+                )
     emotions = replay(users[0]["emotion-point"], changes)
     for turn, (message, emotion) in enumerate(zip(users, emotions)):
         if message["emotion-point"] != emotion:
@@ -73,8 +111,8 @@ def read_again(transcripts: list[dict], reader) -> list[str]:
     problems = []
     for transcript in transcripts:
         turns = appraised_turns(transcript)
-        readings = reader.read([(said, reply) for said, reply, *_ in turns])
-        for turn, ((_, _, found, emotion, logged), reading) in enumerate(zip(turns, readings), 1):
+        readings = reader.read([(said, reply) for _, said, reply, *_ in turns])
+        for (turn, _, _, found, emotion, logged), reading in zip(turns, readings):
             fired = [(name, 0, share) for name, share in shares_of(found, reading)]
             change = derived_change(transcript, fired, emotion)
             if change is None or abs(change - logged) > 1:
@@ -83,16 +121,19 @@ def read_again(transcripts: list[dict], reader) -> list[str]:
 
 
 def appraised_turns(transcript: dict) -> list[tuple]:
-    """(the user's messages so far, reply, its guards, emotion before it, logged change) of each reply that was appraised."""
+    """(turn, the user's messages so far, reply, its guards, emotion before it, logged change) of each reply that was appraised."""
     user, turns = User(None, 0), []
     for message, after in zip(transcript["history"], transcript["history"][1:]):
         if message["role"] == "user":
             user.messages.append(message["content"])
             user.emotion = message["emotion-point"]
         elif "planning" in after:
-            reply = message["content"]
-            turns.append((tuple(user.messages), reply, guards(user, reply), user.emotion, after["planning"]["change"]))
-            user.replies.append(reply)
+            said = message | {"change": after["planning"]["change"]}
+            for other in (said, *message.get("instead", ())):
+                found = guards(user, other["content"])
+                before = len(user.messages), tuple(user.messages), other["content"], found, user.emotion
+                turns.append((*before, other["change"]))
+            user.replies.append(message["content"])
     return turns
 
 

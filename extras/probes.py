@@ -44,10 +44,10 @@ def acts_of(transcript: dict) -> list[tuple[str, int, bool]]:
     """
     found, hinted = [], False
     for message in transcript["history"]:
-        planning = message.get("planning", {})
-        shares = [(share, name) for name, _, share in planning.get("fired", ()) if name in ACTS or name in ALONE]
-        if shares:
-            found.append((max(shares)[1], planning["change"], hinted))
+        for answer in message.get("instead", [message.get("planning", {})]):
+            shares = [(share, name) for name, _, share in answer.get("fired", ()) if name in ACTS or name in ALONE]
+            if shares:
+                found.append((max(shares)[1], answer["change"], hinted))
         hinted = hinted or message.get("hinted", False)
     return found
 

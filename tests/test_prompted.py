@@ -23,6 +23,7 @@ from offline_user import OfflineSimulator
 from prompted_user import PromptedSimulator
 from rollout import make_batch, rollout
 from simulator import ADVERSARIAL, INTENTIONS, ProfileError, Protocol, User, UserBroken, load_profiles
+from verify import transcript_of
 
 SHARED = ROOT.parent / "shared" / "reference"
 
@@ -329,7 +330,7 @@ def hold(model, chat, simulator, profiles):
 
 
 def said(dialogue):
-    return [(m["role"], m["content"]) for m in dialogue.transcript()["history"]]
+    return [(m["role"], m["content"]) for m in transcript_of(dialogue)["history"]]
 
 
 FAULTS = {
@@ -746,7 +747,7 @@ def test_a_prompted_adversarial_user_is_told_its_behaviour(profiles):
 
 def test_verify_names_the_dialogue_that_does_not_add_up(model, chat, simulator, profiles, tmp_path, capsys):
     dialogues = hold(model, chat, simulator, profiles[:4])
-    rows = [dialogue.transcript() for dialogue in dialogues]
+    rows = [transcript_of(dialogue) for dialogue in dialogues]
     path = tmp_path / "t.jsonl"
 
     def write():

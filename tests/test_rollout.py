@@ -13,9 +13,9 @@ from transformers.generation import configuration_utils
 
 from generator import Generator, Slots, draw, flash, varlen
 from offline_user import OfflineSimulator
-from policy import Chat, ModelError
+from policy import Chat, ModelError, Policy
 from rollout import make_batch, rollout, split_thinking
-from simulator import Protocol
+from simulator import Protocol, UserBroken
 
 
 def hold(model, chat, profiles, *, seeds=None, turns=3, **settings):
@@ -115,6 +115,45 @@ def test_a_group_computes_its_opening_once_and_samples_as_if_alone(model, chat, 
     for i in range(4):
         alone = hold(model, chat, [profiles[0]], seeds=[i], turns=1)[0]
         assert alone.turns[0].sampled_ids == together[i].turns[0].sampled_ids
+
+
+@pytest.mark.parametrize("think", [False, True])
+def test_dialogues_held_together_go_on_from_the_first(think, model, chat, profiles):
+    """The first one is held as if alone; the others say something else to the same message, each by its own seed."""
+    model, people = biased_to_stop(model, chat), [profiles[0]] * 3 + [profiles[1]] * 3
+    scripted = lambda: ScriptedThinking(chat) if think else chat
+    settings = dict(max_new_tokens=12, temperature=1.0, think=think)
+    protocol, seeds = Protocol(60, 3), list(range(6))
+    held = rollout(model, scripted(), InAnyOrder(1), people, seeds, protocol, slots=4, together=3, **settings)
+    alone = rollout(model, scripted(), InAnyOrder(2), people[::3], seeds[::3], protocol, **settings)
+    ids = lambda dialogue: [turn.sampled_ids for turn in dialogue.turns]
+    assert [ids(dialogue) for dialogue in held[::3]] == [ids(dialogue) for dialogue in alone]
+    assert len({str(ids(dialogue)) for dialogue in held}) == 6
+    for d, dialogue in enumerate(held):
+        first = held[d - d % 3]
+        assert dialogue.first is (first if d % 3 else None)
+        assert [turn.prompt_ids for turn in dialogue.turns] == [turn.prompt_ids for turn in first.turns]
+        assert dialogue.user.replies[:-1] == first.user.replies[:-1], "what was said"
+        before = [60] + [turn.reaction.emotion for turn in first.turns]
+        changes = [turn.reaction.emotion - emotion for turn, emotion in zip(dialogue.turns, before)]
+        assert dialogue.rewards("delta") == pytest.approx([change / 100 for change in changes])
+    batch, passes = make_batch(held, "delta"), []
+    model.model.embed_tokens.register_forward_hook(lambda _, ids, __: passes.append(ids[0].numel()))
+    log_probs_n, _, index_n = Policy(model)(batch, [0, 1, 2])
+    assert torch.allclose(log_probs_n, batch.sampler_log_probs_N[index_n], atol=1e-4)
+    assert sum(passes) == len(batch.merge((0, 1, 2))[0]), "what was said is computed once"
+
+
+def test_a_first_dialogue_whose_user_breaks_down_ends_those_held_with_it(model, chat, profiles):
+    class Breaks(OfflineSimulator):
+        def work(self):
+            if self.waiting:
+                self.waiting.pop(0)[2].set_exception(UserBroken("asleep"))
+            super().work()
+
+    held = rollout(model, chat, Breaks(AnyReader()), [profiles[0]] * 2, [0, 1], Protocol(60, 3), together=2)
+    assert [len(dialogue.turns) for dialogue in held] == [1, 1] and [d.dropped for d in held] == ["asleep", ""]
+    assert make_batch(held, "delta").dialogue_N.unique().tolist() == [1]
 
 
 def test_attention_to_slots_equals_attention_written_out(model):

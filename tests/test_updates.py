@@ -36,6 +36,7 @@ from simulator import (
     next_emotion,
     with_every_intention,
 )
+from verify import transcript_of
 
 TEMPERATURE = 0.8
 ARGS = dict(epochs=1, micro_tokens=10_000, clip=0.2, value_clip=0.5, kl=0.1, entropy=0.01, gamma=0.7, lam=0.9,
@@ -271,7 +272,7 @@ PEOPLE = [
 ]  # fmt: skip
 FLAGS = (
     "--preset laptop --dtype float32 --batch 4 --turns 2 --max-new-tokens 6 --cold-start none --no-eval --train-layers 2 "
-    "--temperature 0.5 --lr 3e-3 --kl 0.1 --minibatches 1 --simulator-model stub --micro-tokens 300"
+    "--temperature 0.5 --lr 3e-3 --kl 0.1 --simulator-model stub --micro-tokens 300"
 ).split()
 PPO = "--algo ppo --checkpointing --steps 4 --warmup 3 --lr-end 1 --critic-lr 1e-2".split()
 
@@ -431,17 +432,16 @@ def test_rewards_and_advantages_follow_from_the_transcripts(grpo_run):
     assert max(advantages_N.abs().max() for advantages_N in seen.advantages) > 0
 
 
-def test_minibatches_take_a_step_each_on_dialogues_of_their_own(home, tmp_path):
-    """Each with the advantages that its dialogues have in the whole batch; the metrics are their mean."""
-    seen = run(home, tmp_path / "out", *"--algo grpo --group 2 --steps 1 --warmup 0 --minibatches 2".split())
-    first, second = seen.batches
-    assert [sorted(set(part.dialogue_N.tolist())) for part in (first, second)] == [[0, 1], [2, 3]]
-    (whole,) = run(home, tmp_path / "one", *"--algo grpo --group 2 --steps 1 --warmup 0".split()).advantages
-    assert (
-        torch.equal(torch.cat(seen.advantages), whole)
-        and len(seen.metrics) == 1
-        and len(first) + len(second) == len(whole)
-    )
+def test_a_group_shares_its_history_where_a_reply_is_credited_with_its_own_change_alone(home, tmp_path):
+    """--reward delta --gamma 0: a transcript is a group's, and says what else was said and what that changed."""
+    seen = run(home, tmp_path / "out", *"--algo grpo --group 2 --steps 1 --warmup 0 --reward delta --gamma 0".split())
+    (batch,), transcripts = seen.batches, seen.transcripts
+    assert len(transcripts) == 2 and batch.dialogue_N.unique().tolist() == [0, 1, 2, 3]
+    for d, t in {(d, t) for d, t in zip(batch.dialogue_N.tolist(), batch.turn_N.tolist())}:
+        before, said, after = transcripts[d // 2]["history"][2 * t : 2 * t + 3]
+        change = said["instead"][0]["change"] if d % 2 else after["planning"]["change"]
+        reward = next_emotion(before["emotion-point"], change) - before["emotion-point"]
+        assert batch.reward_N[(batch.dialogue_N == d) & (batch.turn_N == t)].sum().item() == pytest.approx(reward / 100)
 
 
 @pytest.mark.parametrize("flags", [["--dtype", "bfloat16"], ["--checkpointing"], []])
@@ -541,7 +541,7 @@ def test_rewards_of_all_kinds_but_not_of_a_dropped_dialogue(model, chat):
     expected = {"dropped": 1, "emotion": 10, "change_per_turn": -2.5, "reward": -0.05, "failure": 0, "success": 0}
     expected |= {"reply_tokens": 3, "stopped": 0, "truncated": 2, "format_errors": 0}
     both = [other, dialogue]
-    metrics = logs.rollout_metrics(both, [d.transcript() for d in both], "delta")
+    metrics = logs.rollout_metrics(both, [transcript_of(d) for d in both], "delta")
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
 
@@ -554,11 +554,11 @@ def test_a_broken_format_frees_its_slot_and_scores_zero(model, chat, tmp_path, c
     settings = dict(think=True, slots=1, max_new_tokens=3, on_end=lambda: ended.append(1))
     broken, kept = rollout(model, scripted, Steady(5, 5), people, [0, 1], Protocol(30, 2), **settings)
     assert (broken.final_emotion, len(broken.turns)) == (0, 1) and (kept.final_emotion, len(kept.turns)) == (40, 2)
-    assert len(ended) == 2 and broken.transcript()["emo_point"] == 0 and broken.user.emotion == 30
+    assert len(ended) == 2 and transcript_of(broken)["emo_point"] == 0 and broken.user.emotion == 30
     assert make_batch([broken, kept], "delta").reward_N[:3].tolist() == pytest.approx([0, 0, -0.3])
-    public = {name: value for name, value in kept.transcript().items() if name != "format_ok"}
-    forged, path = broken.transcript() | {"emo_point": 30}, tmp_path / "transcripts.jsonl"
-    for transcript, status in ((broken.transcript(), 0), (forged, 1), (kept.transcript(), 0), (public, 0)):
+    public = {name: value for name, value in transcript_of(kept).items() if name != "format_ok"}
+    forged, path = transcript_of(broken) | {"emo_point": 30}, tmp_path / "transcripts.jsonl"
+    for transcript, status in ((transcript_of(broken), 0), (forged, 1), (transcript_of(kept), 0), (public, 0)):
         path.write_text(json.dumps(transcript))
         assert evaluate.main(["--verify", str(path)]) == status
     assert "the final emotion 30 should be 0" in capsys.readouterr().out
