@@ -4,7 +4,6 @@
 
     python reader.py --fit            fit the head anew on data/exchanges.jsonl; print how good it is on what it has not seen
     python reader.py --fit --judge    a second reader: other persons, other authors, another layer (evaluate.py --reader)
-    python reader.py --strangers      how replies to test persons, graded by their authors, move the offline user
 
 Acts: the eight that can serve, one per hidden intention (simulator.INTENTIONS), and seven that do not:
     generic    could be said to anybody            twisted    the facts are wrong: who did what
@@ -17,7 +16,6 @@ Never fitted on: the persons and authors that exchanges.py holds out. The judge 
 """
 
 import argparse
-import json
 import sys
 import time
 from collections import Counter
@@ -28,9 +26,8 @@ import torch
 from torch import nn
 
 from exchanges import DATA, Example, examples_of, load_exchanges, split
-from offline_user import appraisal_of, guards
 from policy import SMOLLM2, ModelError, compute_dtype, frozen_copy, load_model
-from simulator import INTENTIONS, SAGE, User, load_profiles
+from simulator import INTENTIONS, load_profiles
 
 WEIGHTS, JUDGE = DATA / "reader.pt", DATA / "judge.pt"
 ACTS = (*INTENTIONS, "generic", "beside", "elsewhere", "twisted", "nonsense", "echo", "hurtful")
@@ -194,29 +191,10 @@ def fit(path: Path, layers: tuple[int, ...], judge: bool, made: float = 0.4) -> 
     print(f"written: {path.name} ({path.stat().st_size / 1e3:.0f} kB), {time.perf_counter() - started:.0f} s")
 
 
-def judged_by_strangers(path: Path) -> None:
-    """data/strangers.jsonl: replies to test persons by two authors who knew neither reader nor table, graded as they wrote."""
-    person = {profile.id: profile for profile in load_profiles(DATA / "test_profiles.jsonl")}
-    rows = [json.loads(line) for line in (DATA / "strangers.jsonl").read_text(encoding="utf-8").splitlines()]
-    told = [(person[r["id"]].first_talk, *person[r["id"]].facts)[: r["turn"] + 1] for r in rows]
-    readings = Reader(path).read([(messages, row["reply"]) for messages, row in zip(told, rows)])
-    points = {"excellent": [], "mediocre": [], "bad": []}
-    for row, messages, reading in zip(rows, told, readings):
-        user = User(person[row["id"]], SAGE.start, messages=list(messages))
-        fired = appraisal_of(user, guards(user, row["reply"]), reading).fired
-        points[row["grade"]].append(sum(line[1] for line in fired))
-    for grade, values in points.items():
-        negative = sum(round(value) < 0 for value in values) / len(values)
-        print(f"{grade:10} mean change {sum(values) / len(values):+5.1f}, negative {negative:.0%} of {len(values)}")
-    pairs = [(a > b) + (a == b) / 2 for a in points["excellent"] for b in points["mediocre"]]
-    print(f"excellent over mediocre: AUC {sum(pairs) / len(pairs):.2f}")
-
-
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--fit", action="store_true", help="fit the head anew")
-    add("--strangers", action="store_true", help="how strangers' graded replies move the offline user")
+    add("--fit", action="store_true", required=True, help="fit the head anew")
     add("--judge", action="store_true", help="the second reader, on what the first has not seen")
     add(
         "--layers",
@@ -226,14 +204,9 @@ def main(argv=None) -> int:
     )
     add("--out", help="where the weights go")
     args = parser.parse_args(argv)
-    if not args.fit and not args.strangers:
-        parser.error("choose --fit or --strangers")
     path = Path(args.out or (JUDGE if args.judge else WEIGHTS))
     try:
-        if args.fit:
-            fit(path, tuple(args.layers or ((22,) if args.judge else (10, 14, 18))), args.judge)
-        if args.strangers:
-            judged_by_strangers(path)
+        fit(path, tuple(args.layers or ((22,) if args.judge else (10, 14, 18))), args.judge)
     except (ValueError, OSError) as error:
         print(f"reader.py: {error}", file=sys.stderr)
         return 2

@@ -1,16 +1,17 @@
 """The README's table of the laptop runs is that of the stored results."""
 
 import json
+from statistics import mean, stdev
 
 import pytest
 from conftest import ROOT
 
-ROWS = {"base": "SmolLM2-135M", "before": "after the cold start", "after": "after reinforcement learning"}
+STAGES = {"base": "SmolLM2-135M", "before": "after the cold start", "after": "after reinforcement learning"}
 
 
 @pytest.fixture
 def runs():
-    files = sorted((ROOT / "results" / "laptop").glob("seed?_bfloat16.json"))
+    files = sorted((ROOT / "results" / "laptop").glob("seed?_*.json"))
     assert files
     return [json.loads(path.read_text(encoding="utf-8")) for path in files]
 
@@ -21,19 +22,31 @@ def readme():
     return " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_the_table_is_theirs(name, runs, readme):
-    each = lambda show: " / ".join(show(run[name]) for run in runs)
-    cells = [
-        each(lambda result: f"{result['score']:.1f} +- {result['standard_error']:.1f}"),
-        each(lambda result: f"{result['failure']:.0f}") + " %",
-        each(lambda result: f"{result['found_out']['serves_after_hint']:.0f}") + " %",
-        each(lambda result: f"{result['words_per_reply']:.1f}"),
-    ]
-    assert f"| {ROWS[name]} | {' | '.join(cells)} |" in readme
+def row(title: str, cells: list[str], values: list[float], form: str = ".1f") -> str:
+    """One cell per seed, then mean and standard deviation over seeds."""
+    return f"| {title} | {' | '.join(cells)} | {mean(values):{form}}, {stdev(values):.1f} |"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_scores_are_theirs(name, runs, readme):
+    cells = [f"{run[name]['score']:.1f} +- {run[name]['standard_error']:.1f}" for run in runs]
+    assert row(STAGES[name], cells, [run[name]["score"] for run in runs]) in readme
 
 
 def test_the_gains_are_theirs(runs, readme):
     gains = [run["after - before"] for run in runs]
-    shown = " and ".join(f"{gain['difference']:+.1f} +- {gain['standard_error']:.1f}" for gain in gains)
-    assert f"Reinforcement learning adds {shown}" in readme
+    cells = [f"{gain['difference']:+.1f} +- {gain['standard_error']:.1f}" for gain in gains]
+    assert row("gain over the cold start", cells, [gain["difference"] for gain in gains], "+.1f") in readme
+
+
+@pytest.mark.parametrize(
+    "title, of",
+    [
+        ("right act, once hinted, cold start", lambda run: run["before"]["found_out"]["serves_after_hint"]),
+        ("right act, once hinted, trained", lambda run: run["after"]["found_out"]["serves_after_hint"]),
+        ("failure, trained", lambda run: run["after"]["failure"]),
+        ("perplexity on ordinary text (base 20.5)", lambda run: run["after"]["guard"]["perplexity"]),
+    ],
+)
+def test_what_else_the_table_says_is_theirs(title, of, runs, readme):
+    assert row(title, [f"{of(run):.1f}" for run in runs], [of(run) for run in runs]) in readme

@@ -1,0 +1,42 @@
+"""The figures of results/, drawn from what is stored there: `python -m extras.figures`."""
+
+import json
+from pathlib import Path
+from statistics import mean, stdev
+
+from matplotlib.figure import Figure
+
+LAPTOP = Path(__file__).parent.parent / "results" / "laptop"
+PANELS = {
+    "change_per_turn": "change of the emotion per reply, points",
+    "serves": "replies that do what the person came for, %",
+    "kl": "KL to the cold start, nats per token",
+    "entropy": "entropy, nats per token",
+}
+
+
+def draw_learning(runs: dict[str, list[list[dict]]], path: Path) -> None:
+    """One panel per quantity: mean over seeds with a band of one standard deviation; `runs` are a line style each."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    for axis, (key, label) in zip(figure.subplots(2, 2).flat, PANELS.items()):
+        for style, (name, seeds) in zip(("-", "--", ":"), runs.items()):
+            steps = range(1, 1 + min(map(len, seeds)))
+            values = [[rows[step - 1][key] for rows in seeds] for step in steps]
+            middle = [mean(value) for value in values]
+            spread = [stdev(value) if len(value) > 1 else 0.0 for value in values]
+            axis.plot(steps, middle, style, color="black", label=f"{name}, {len(seeds)} seeds")
+            low, high = ([m + sign * s for m, s in zip(middle, spread)] for sign in (-1, 1))
+            axis.fill_between(steps, low, high, color="grey", alpha=0.3, linewidth=0)
+        axis.set(xlabel="step", ylabel=label)
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    files = sorted(LAPTOP.glob("seed?_*_metrics.jsonl"))
+    rows = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
+    draw_learning({"python train.py": rows}, LAPTOP / "learning.png")
+
+
+if __name__ == "__main__":
+    main()
