@@ -8,10 +8,10 @@ from matplotlib.figure import Figure
 
 LAPTOP = Path(__file__).parent.parent / "results" / "laptop"
 PANELS = {
-    "change_per_turn": "change of the emotion per reply, points",
-    "serves": "replies that do what the person came for, %",
-    "kl": "KL to the cold start, nats per token",
-    "entropy": "entropy, nats per token",
+    "change_per_turn": "emotion per reply, points",
+    "serves": "right act, % of replies",
+    "kl": "KL to the cold start, nats/token",
+    "entropy": "entropy, nats/token",
 }
 
 
