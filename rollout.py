@@ -75,7 +75,7 @@ class Dialogue:
 
     def rewards(self, kind: str) -> list[float]:
         """One reward per turn. terminal: final emotion / 100 on the last turn (the paper). delta: each turn's change / 100,
-        so that the sum is the gain over the start. mixed: the mean of both."""
+        of a dialogue with a history of its own the sum is the gain over the start. mixed: the mean of both."""
         emotions = lambda dialogue: [turn.reaction.emotion if turn.reaction else 0 for turn in dialogue.turns]
         before = [self.start] + emotions(self.first or self)
         delta = [(after - before) / 100 for before, after in zip(before, emotions(self))]
@@ -150,11 +150,13 @@ def rollout(
     called at each dialogue's end (for a progress bar).
 
     `together` dialogues in a row, with one profile, share their history: each says its own reply, then all go on from the first
-    one's, so that their next replies answer the same message. They end with the first.
+    one's, so that their next replies answer the same message. They wait for each other, and end with the first; of another one whose
+    user breaks down all turns are dropped, and where its format breaks, it alone has said nothing.
 
     Each pass takes one more token of every reply in the making, and the messages of the users who have answered meanwhile: a slow
     user on a server delays nobody else. Users in this process answer together, when nobody speaks any more. At most `slots`
-    dialogues are held at once (None: all, or as many as a GPU has memory for); the next one takes the slot of one that has ended.
+    dialogues, `together` at least, are held at once (None: all, or as many as a GPU has memory for); the next one takes the slot of
+    one that has ended.
     """
     dialogues = [Dialogue(User(profile, protocol.start), protocol.start) for profile in profiles]
     if not profiles:
@@ -296,8 +298,8 @@ class Talks:
 class Batch(Sequences):
     """Token sequences, and the N sampled tokens as flat vectors in dialogue order, then turn order.
 
-    A dialogue whose turns each extend the one before is one sequence; with --think every turn is a sequence of its own,
-    built from the history that the policy really saw.
+    A dialogue whose turns each extend the one before is one sequence; with --think, or with another one's history, every turn is
+    a sequence of its own, built from the history that the policy really saw.
     """
 
     id_N: torch.Tensor

@@ -15,18 +15,21 @@ from simulator import User, emotion_state, replay
 
 def transcript_of(dialogue: Dialogue, others: list[Dialogue] = ()) -> dict:
     """The public SAGE schema, plus the fired rules, the thinking and how each turn ended; and what `others`, which share the
-    dialogue's history, said instead of it, and how that landed."""
+    dialogue's history, said instead of it, and how that landed (unless the format or the user broke)."""
     profile, user = dialogue.user.profile, dialogue.user
     hinted = lambda message: {"hinted": True} if any(hint in message for hint in profile.hints) else {}
-    landed = lambda turn: {"change": turn.reaction.appraisal.change, "fired": turn.reaction.appraisal.fired}
+    landed = lambda appraisal: {"change": appraisal.change, "fired": appraisal.fired} | appraisal.sections
+    said = lambda turn: {"content": turn.reply, "thinking": turn.thinking, "stopped": turn.stopped}
     opening = user.messages[0] if user.messages else ""
     history = [{"role": "user", "content": opening, "emotion-point": dialogue.start} | hinted(opening)]
     for t, turn in enumerate(dialogue.turns):
-        said = {"role": "assistant", "content": turn.reply, "thinking": turn.thinking, "stopped": turn.stopped}
-        instead = [{"content": o.turns[t].reply} | landed(o.turns[t]) for o in others if o.turns[t].reaction]
-        history.append(said | ({"instead": instead} if instead else {}))
+        message = {"role": "assistant"} | said(turn)
+        if others:
+            turns = [other.turns[t] for other in others]
+            message["instead"] = [said(o) | (landed(o.reaction.appraisal) if o.reaction else {}) for o in turns]
+        history.append(message)
         if turn.reaction:
-            planning = landed(turn) | turn.reaction.appraisal.sections
+            planning = landed(turn.reaction.appraisal)
             message = {"role": "user", "content": turn.reaction.message, "emotion-point": turn.reaction.emotion}
             history.append(message | {"planning": planning} | hinted(turn.reaction.message))
     return {
@@ -83,7 +86,9 @@ def problems_in(transcript: dict) -> list[str]:
         changes.append(change)
     for before, message in zip(transcript["history"], transcript["history"][1:]):
         for other in message.get("instead", ()):
-            if other["change"] != derived_change(transcript, other["fired"], before["emotion-point"]):
+            if other.get("fired") and other["change"] != derived_change(
+                transcript, other["fired"], before["emotion-point"]
+            ):
                 problems.append(
                     f"{other['content']!r:.60}: the change {other['change']:+d} does not follow from its acts"
                 )
@@ -129,7 +134,7 @@ def appraised_turns(transcript: dict) -> list[tuple]:
             user.emotion = message["emotion-point"]
         elif "planning" in after:
             said = message | {"change": after["planning"]["change"]}
-            for other in (said, *message.get("instead", ())):
+            for other in (said, *(other for other in message.get("instead", ()) if "change" in other)):
                 found = guards(user, other["content"])
                 before = len(user.messages), tuple(user.messages), other["content"], found, user.emotion
                 turns.append((*before, other["change"]))

@@ -34,7 +34,7 @@ def keep_steps_before(path: Path, step: int) -> None:
 
 
 def rollout_metrics(dialogues: list[Dialogue], transcripts: list[dict], reward: str) -> dict:
-    """Means over the dialogues that were not dropped; `transcripts` are theirs, in the same order."""
+    """Means over the dialogues that were not dropped; `transcripts` are theirs, one of those that share a history."""
     kept = [dialogue for dialogue in dialogues if not dialogue.dropped]
     turns = [turn for dialogue in kept for turn in dialogue.turns]
     changes = [turn.reaction.appraisal.change for turn in turns if turn.reaction]

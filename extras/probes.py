@@ -40,7 +40,8 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 def acts_of(transcript: dict) -> list[tuple[str, int, bool]]:
     """(act, change of the emotion, whether a hint came before it) of each reply that the offline user has appraised.
 
-    A reply's act is the one to which the reader gave the largest share, or the guard that spared it the reading.
+    A reply's act is the one to which the reader gave the largest share, or the guard that spared it the reading. In a training
+    transcript the replies of a group that shares its history count as well.
     """
     found, hinted = [], False
     for message in transcript["history"]:

@@ -31,4 +31,7 @@ def main(path: str | Path = WEIGHTS) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    try:
+        main(*sys.argv[1:2])
+    except (ValueError, OSError) as error:
+        sys.exit(f"strangers.py: {error}")
