@@ -224,10 +224,9 @@ def sampled_hidden(model, batch: Sequences, members: list[int], dtype: torch.dty
     """Final hidden states that predict the tokens of some dialogues: ((n, D), indices into N (n,)).
 
     A row of the pass is one tree. With FlexAttention, whose mask knows which blocks are empty, all dialogues are merged into
-    one row. A dense mask costs by its width, so there rows are as wide as the largest dialogue, and short ones share a row;
-    a group that shares a long history is one row;
-    what all rows begin with is computed once, and its keys and values are expanded to all of them, through which the
-    gradient flows back. (With activation checkpointing or several ranks each row computes it for itself.)
+    one row. A dense mask costs by its width, so there rows are as wide as the largest dialogue, and short ones share a row, as
+    does a group that shares a long history. What all rows begin with is computed once, and its keys and values are expanded to
+    all of them, through which the gradient flows back. (With activation checkpointing or several ranks each row computes it for itself.)
     """
     device = next(model.parameters()).device
     flex = model.base_model.config._attn_implementation == "flex_attention"

@@ -90,9 +90,10 @@ def hold_dialogues(run: Run, step: int, profiles: list[Profile]) -> list[Dialogu
     seeds = [seed_of(args, step, i) for i in mine]
     protocol = Protocol(RLVER.start, args.turns)
     with tqdm(total=share, desc="dialogues", unit="dialogue", leave=False, disable=not run.main) as bar:
-        settings = run.sampling | dict(temperature=args.temperature, slots=run.slots, on_end=bar.update)
-        settings["together"] = args.together
-        dialogues = rollout(run.models.sampler, run.chat, run.simulator, people, seeds, protocol, **settings)
+        settings = run.sampling | dict(temperature=args.temperature, slots=run.slots, together=args.together)
+        dialogues = rollout(
+            run.models.sampler, run.chat, run.simulator, people, seeds, protocol, on_end=bar.update, **settings
+        )
     return gather_object(dialogues)
 
 

@@ -15,18 +15,16 @@ PANELS = {
 }
 
 
-def draw_learning(runs: dict[str, list[list[dict]]], path: Path) -> None:
-    """One panel per quantity: mean over seeds with a band of one standard deviation; `runs` are a line style each."""
+def draw_learning(seeds: list[list[dict]], path: Path) -> None:
+    """One panel per quantity: mean over seeds with a band of one standard deviation."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     for axis, (key, label) in zip(figure.subplots(2, 2).flat, PANELS.items()):
-        for style, (name, seeds) in zip(("-", "--", ":"), runs.items()):
-            steps = range(1, 1 + min(map(len, seeds)))
-            values = [[rows[step - 1][key] for rows in seeds] for step in steps]
-            middle = [mean(value) for value in values]
-            spread = [stdev(value) if len(value) > 1 else 0.0 for value in values]
-            axis.plot(steps, middle, style, color="black", label=f"{name}, {len(seeds)} seeds")
-            low, high = ([m + sign * s for m, s in zip(middle, spread)] for sign in (-1, 1))
-            axis.fill_between(steps, low, high, color="grey", alpha=0.3, linewidth=0)
+        values = [[row[key] for row in rows] for rows in zip(*seeds)]  # by step
+        steps = range(1, 1 + len(values))
+        middle, spread = [mean(value) for value in values], [stdev(value) for value in values]
+        axis.plot(steps, middle, color="black", label=f"python train.py, {len(seeds)} seeds")
+        low, high = ([m + sign * s for m, s in zip(middle, spread)] for sign in (-1, 1))
+        axis.fill_between(steps, low, high, color="grey", alpha=0.3, linewidth=0)
         axis.set(xlabel="step", ylabel=label)
     figure.axes[0].legend(frameon=False)
     figure.savefig(path, dpi=110)
@@ -35,7 +33,7 @@ def draw_learning(runs: dict[str, list[list[dict]]], path: Path) -> None:
 def main() -> None:
     files = sorted(LAPTOP.glob("seed?_*_metrics.jsonl"))
     rows = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
-    draw_learning({"python train.py": rows}, LAPTOP / "learning.png")
+    draw_learning(rows, LAPTOP / "learning.png")
 
 
 if __name__ == "__main__":
