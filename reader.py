@@ -44,7 +44,8 @@ class Features:
 
     def __init__(self, model: str, layers: tuple[int, ...]):
         model, self.tokenizer = load_model(model)
-        self.layers, self.trunk = layers, frozen_copy(model, "cpu", compute_dtype("cpu")).base_model
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.layers, self.trunk = layers, frozen_copy(model, self.device, compute_dtype(self.device)).base_model
         self.trunk.layers = self.trunk.layers[: max(layers)]  # the others are not needed
         self.trunk.norm = nn.Identity()
 
@@ -64,9 +65,9 @@ class Features:
         for first in range(0, len(order), at_once):
             rows = order[first : first + at_once]
             width = max(len(tokens[n][0]) for n in rows)
-            ids_B_T = torch.tensor([tokens[n][0] + [0] * (width - len(tokens[n][0])) for n in rows])
+            ids_B_T = torch.tensor([tokens[n][0] + [0] * (width - len(tokens[n][0])) for n in rows], device=self.device)
             states = self.trunk(input_ids=ids_B_T, use_cache=False, output_hidden_states=True).hidden_states
-            hidden_B_T_D = torch.cat([states[layer] for layer in self.layers], -1).float()  # the layers side by side
+            hidden_B_T_D = torch.cat([states[layer] for layer in self.layers], -1).float().cpu()  # side by side
             for n, hidden_T_D in zip(rows, hidden_B_T_D):  # causal: what is padded on the right is seen by nobody
                 ids, start, end = tokens[n]
                 reply_T_D = hidden_T_D[start:end]

@@ -57,9 +57,9 @@ def prepare(args: Namespace) -> Run:
     persons = load_profiles(args.train_profiles, offline)
     test_profiles = load_profiles(args.test_profiles, offline)
     validation_profiles = load_profiles(args.validation_profiles, offline)
-    make_simulator(args, args.difficulty)  # raises where the flags name no user
     resumed = check_out(args)
     accelerator = start_processes(args)
+    make_simulator(args, args.difficulty)  # raises where the flags name no user
     ranks, device = accelerator.num_processes, accelerator.device.type
     torch.manual_seed(args.seed)
     dtype = compute_dtype(device, args.dtype)
@@ -72,7 +72,8 @@ def prepare(args: Namespace) -> Run:
     start = args.model
     if args.cold_start != "none":
         with accelerator.main_process_first():  # the others find it made
-            start = str(cold_start(args.model, args.think, args.train_layers, dtype, persons, validation_profiles))
+            settings = args.model, args.think, args.train_layers, device, dtype
+            start = str(cold_start(*settings, persons, validation_profiles))
     models = load_models(args, device, dtype, ranks, start)
     run = Run(
         args=args,

@@ -62,6 +62,7 @@ SETTINGS = {  # flag: its default per preset
     "micro_tokens": (4000, 16384),
     "save_every": (10, 50),
 }
+THINKING_TOKENS = 48  # --max-new-tokens with --think, laptop preset
 
 
 def number(kind: type, allowed, rule: str):
@@ -167,6 +168,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         args = parser.parse_args(argv)
     here = torch.cuda.is_available()
     args.preset = args.preset or ("paper" if here else "laptop")
+    if args.think and args.preset == "laptop" and args.max_new_tokens is None:
+        args.max_new_tokens = THINKING_TOKENS
     for name, defaults in SETTINGS.items():
         if getattr(args, name) is None:
             setattr(args, name, defaults[PRESETS.index(args.preset)])

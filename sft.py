@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from distributed import clip_gradients, micro_batches
+from distributed import clip_gradients
 from exchanges import EXCHANGES, PLAIN, Exchange, load_exchanges
 from offline_user import DISPLEASED, WORDS_FILE
 from policy import Chat, Policy, cache_folder, load_model, save_model, train_upper_layers
@@ -88,16 +88,16 @@ def train_on(policy: Policy, dialogues: list[Dialogue], seed: int = 0) -> None:
 @torch.no_grad()
 def loss_on(policy: Policy, dialogues: list[Dialogue]) -> float:
     """Nats per token of the written replies."""
-    batch = make_batch(dialogues, "terminal")
-    log_probs = sum(policy(batch, members)[0].sum().item() for members, _ in micro_batches(batch, 3000))
-    return -log_probs / len(batch)
+    log_probs = [policy(make_batch([dialogue], "terminal"), [0])[0] for dialogue in dialogues]
+    return -torch.cat(log_probs).mean().item()
 
 
 def cold_start(
-    model: str, think: bool, layers: int | None, dtype: torch.dtype, profiles: list[Profile], strangers: list[Profile]
-) -> Path:
+    model: str, think: bool, layers: int | None, device: str, dtype: torch.dtype, profiles: list[Profile],
+    strangers: list[Profile],
+) -> Path:  # fmt: skip
     """The folder of the model after supervised learning of its upper `layers` on what was written for `profiles`; made at most
-    once for the same data, code, model and dtype. `strangers` are persons to tell the loss on."""
+    once for the same data, code, model, device and dtype. `strangers` are persons to tell the loss on."""
     here = Path(__file__).parent
     parts = [
         EXCHANGES.read_bytes(),
@@ -108,11 +108,11 @@ def cold_start(
             for name in ("sft", "exchanges", "simulator", "policy", "rollout", "prefix_tree")
         ),
     ]
-    parts += [repr((model, think, layers, dtype, torch.__version__, profiles)).encode()]
+    parts += [repr((model, think, layers, device, dtype, torch.__version__, profiles)).encode()]
     folder = cache_folder() / f"cold-start-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}"
     if (folder / "config.json").is_file():
         return folder
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = load_model(model, device)
     train_upper_layers(loaded, layers)
     chat, policy = Chat(tokenizer, instructions(think)), Policy(loaded, dtype=dtype)
     written, held_out = written_dialogues(profiles, chat, think), written_dialogues(strangers, chat, think)

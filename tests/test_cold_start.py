@@ -153,7 +153,7 @@ def test_a_cold_start_is_made_once_for_the_same_settings_and_told_on_strangers(
     """Only the upper layers learn; loss.json is of persons that were not trained on."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model, tokenizer = load_model(str(tiny_folder))
-    settings = dict(model=str(tiny_folder), think=False, layers=1, dtype=torch.float32)
+    settings = dict(model=str(tiny_folder), think=False, layers=1, device="cpu", dtype=torch.float32)
     settings |= dict(profiles=persons[:1], strangers=persons[1:2])
     folder = cold_start(**settings)
     learned = AutoModelForCausalLM.from_pretrained(folder)
