@@ -85,7 +85,7 @@ def _before(reference, critic, batch, args):
     """(reference log-probs, values), each (N,), before any step. Without a reference the KL is 0."""
     device = critic.value_head.weight.device
     ref_log_probs_N, values_N = batch.sampler_log_probs_N.to(device).clone(), torch.zeros(len(batch), device=device)
-    for members, _ in micro_batches(batch, args.micro_tokens):
+    for members, _ in micro_batches(batch, args.micro_tokens, args.group):
         if reference is not None:
             log_probs_n, _, index_n = reference(batch, members)
             ref_log_probs_N[index_n] = log_probs_n
@@ -117,7 +117,7 @@ def update(policy, reference, critic, optimizer, critic_optimizer, batch, args) 
     advantages_N, returns_N = whiten(advantages_N, device).to(device), returns_N.to(device)
     for epoch in range(args.epochs):
         sums = dict.fromkeys(("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "sampler_gap"), 0.0)
-        for members, weight in micro_batches(batch, args.micro_tokens):
+        for members, weight in micro_batches(batch, args.micro_tokens, args.group):
             log_probs_n, entropy_n, index_n = policy(batch, members)
             if epoch == 0:
                 old_log_probs_N[index_n] = log_probs_n.detach()

@@ -107,7 +107,7 @@ def add_algorithm_flags(parser) -> None:
     add("--algo", choices=("ppo", "grpo"))
     add("--steps", type=positive_int, help="updates")
     add("--batch", type=positive_int, help="dialogues per update")
-    add("--group", type=positive_int, help="dialogues per profile (GRPO)")
+    add("--group", type=positive_int, help="dialogues per profile (PPO: only where they share their history)")
     add("--std", action=SWITCH, help="GRPO: divide advantages by the group's standard deviation")
     add("--gamma", type=share, help="discount from one turn to the next")
     add("--lam", type=share, default=1.0, help="GAE lambda (PPO)")
@@ -173,12 +173,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     for name, defaults in SETTINGS.items():
         if getattr(args, name) is None:
             setattr(args, name, defaults[PRESETS.index(args.preset)])
-    if args.algo == "ppo":
-        args.group = 1
-    elif args.group < 2:
-        parser.error("--group must be at least 2: GRPO compares dialogues of one profile")
     # Replies that are credited with nothing later are best compared with others to the same message.
     args.together = args.group if (args.reward, args.gamma) == ("delta", 0.0) else 1
+    if args.algo == "ppo":
+        args.group = args.together  # a critic asks for no group; a history that is shared is computed once
+    elif args.group < 2:
+        parser.error("--group must be at least 2: GRPO compares dialogues of one profile")
     if args.batch % args.group:
         parser.error(f"--batch {args.batch} must be a multiple of --group {args.group}")
     if args.gpus is None:

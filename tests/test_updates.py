@@ -274,7 +274,7 @@ FLAGS = (
     "--preset laptop --dtype float32 --batch 4 --turns 2 --max-new-tokens 6 --cold-start none --no-eval --train-layers 2 "
     "--temperature 0.5 --lr 3e-3 --kl 0.1 --simulator-model stub --micro-tokens 300"
 ).split()
-PPO = "--algo ppo --checkpointing --steps 4 --warmup 3 --lr-end 1 --critic-lr 1e-2".split()
+PPO = "--algo ppo --group 1 --checkpointing --steps 4 --warmup 3 --lr-end 1 --critic-lr 1e-2".split()
 
 
 @pytest.fixture(scope="module")
@@ -447,7 +447,7 @@ def test_a_group_shares_its_history_where_a_reply_is_credited_with_its_own_chang
 @pytest.mark.parametrize("flags", [["--dtype", "bfloat16"], ["--checkpointing"], []])
 def test_the_sampler_follows_and_the_reference_does_not(flags, home):
     """Weights that have moved reach the sampler, a copy or the policy itself, and nobody else."""
-    args = train.parse_args([*FLAGS, "--algo", "ppo", "--model", str(home / "model"), *flags])
+    args = train.parse_args([*FLAGS, "--algo", "ppo", "--group", "1", "--model", str(home / "model"), *flags])
     models = load_models(args, "cpu", torch.bfloat16 if "bfloat16" in flags else torch.float32, 1)
     before = copy.deepcopy([models.reference.state_dict(), models.critic.state_dict()])
     ours, sampled = models.policy.model.parameters, models.sampler.parameters
