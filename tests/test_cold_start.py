@@ -174,6 +174,13 @@ def test_a_cold_start_is_made_once_for_the_same_settings_and_told_on_strangers(
         cold_start(**settings | dict(profiles=persons[3:4], strangers=[]))
 
 
+def test_a_cold_start_asks_no_other_process(persons, tiny_folder, tmp_path, monkeypatch):
+    """On several ranks one makes it while the others wait for it: a question to them would never be answered."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("distributed.world_size", lambda: 2)  # without a process group a question raises
+    assert cold_start(str(tiny_folder), False, 1, "cpu", torch.float32, persons[:1], persons[1:2]).is_dir()
+
+
 def test_hints_are_read_from_one_file(persons, tmp_path):
     row = {"id": persons[0].id, "intention": "advice", "hints": ["What now?"], "pleased": ["Ah."]}
     (tmp_path / "hints.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"id": "nobody"}))

@@ -23,6 +23,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import generator
 from distributed import shard
+from extras import gpu_check
 from extras.plan import memory_plan, update_memory
 from generator import Generator, Slots, columns_for, slots_with_room, varlen
 from policy import Critic, ModelError, Policy, checkpoint_activations
@@ -224,3 +225,22 @@ def test_a_layer_keeps_as_much_as_the_plan_says(dtype, attention, compiled_flex,
     with mixed, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.model.layers[1](hidden, attention_mask=mask, position_embeddings=angles)
     assert sum(size for size, _ in kept.values()) == pytest.approx(expected, rel=0.1)
+
+
+# --- The check to be run on a GPU -------------------------------------------------------------------------------------
+
+
+def test_the_gpu_check_compares_like_with_like(capsys):
+    """What it calls alike is alike on a CPU, and it sees a model that is another one."""
+    shape = dict(vocab_size=300, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
+    model, batch = gpu_check.random_model(2, torch.float32, "cpu", **shape), gpu_check.random_batch(300)
+    (tokens, _), (others, _) = (gpu_check.decode(model, 4, 100, eager, passes=3) for eager in (False, True))
+    assert tokens == others and len(tokens) == 4 * 6
+    log_probs_N, gradient = gpu_check.log_probs_and_gradient(model, batch, torch.float32)
+    for scale, alike in ((1.0, True), (1.5, False)):
+        other = gpu_check.random_model(2, torch.float32, "cpu", **shape)
+        other.lm_head.weight.data *= scale
+        found_N, found = gpu_check.log_probs_and_gradient(other, batch, torch.bfloat16)
+        assert ((found_N - log_probs_N).abs().max() < 0.02) == alike
+        assert ((found - gradient).norm() < 0.05 * gradient.norm()) == alike
+    assert gpu_check.main([]) == 2 and "no GPU" in capsys.readouterr().err

@@ -432,9 +432,11 @@ def test_rewards_and_advantages_follow_from_the_transcripts(grpo_run):
     assert max(advantages_N.abs().max() for advantages_N in seen.advantages) > 0
 
 
-def test_a_group_shares_its_history_where_a_reply_is_credited_with_its_own_change_alone(home, tmp_path):
+@pytest.mark.parametrize("algo", ["grpo", "ppo"])
+def test_a_group_shares_its_history_where_a_reply_is_credited_with_its_own_change_alone(algo, home, tmp_path):
     """--reward delta --gamma 0: a transcript is a group's, and says what else was said and what that changed."""
-    seen = run(home, tmp_path / "out", *"--algo grpo --group 2 --steps 1 --warmup 0 --reward delta --gamma 0".split())
+    flags = "--group 2 --steps 1 --warmup 0 --reward delta --gamma 0".split()
+    seen = run(home, tmp_path / "out", "--algo", algo, *flags)
     (batch,), transcripts = seen.batches, seen.transcripts
     assert len(transcripts) == 2 and batch.dialogue_N.unique().tolist() == [0, 1, 2, 3]
     for d, t in {(d, t) for d, t in zip(batch.dialogue_N.tolist(), batch.turn_N.tolist())}:
@@ -442,6 +444,12 @@ def test_a_group_shares_its_history_where_a_reply_is_credited_with_its_own_chang
         change = said["instead"][0]["change"] if d % 2 else after["planning"]["change"]
         reward = next_emotion(before["emotion-point"], change) - before["emotion-point"]
         assert batch.reward_N[(batch.dialogue_N == d) & (batch.turn_N == t)].sum().item() == pytest.approx(reward / 100)
+
+
+def test_ppo_holds_dialogues_together_only_where_they_share_their_history():
+    flags = ["--preset", "laptop", "--algo", "ppo", "--group", "3"]
+    args = train.parse_args(flags), train.parse_args([*flags, "--reward", "terminal"])
+    assert [(a.group, a.together) for a in args] == [(3, 3), (1, 1)]
 
 
 @pytest.mark.parametrize("flags", [["--dtype", "bfloat16"], ["--checkpointing"], []])
