@@ -309,3 +309,9 @@ def test_a_cold_start_is_scored_beside_the_base(tiny_folder, tmp_path, few_profi
     assert base != before, "the cold start has changed the model"
     assert metrics_of(tmp_path / "out") == metrics_of(tmp_path / "again"), "with the same initial policy"
     assert "<h3 class='name'>base</h3>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_reply_that_is_thought_about_has_room_for_the_thought():
+    flags = [], ["--think"], ["--think", "--max-new-tokens", "9"]
+    assert [train.parse_args(["--preset", "laptop", *more]).max_new_tokens for more in flags] == [24, 48, 9]
+    assert [evaluate.parse_args(more).max_new_tokens for more in flags] == [24, 48, 9]
