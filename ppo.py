@@ -9,7 +9,7 @@ Deliberate deviations from the paper
     - GAE runs over the sampled tokens of a dialogue, in order, as if nothing lay between them: the user's words are the
       environment and take no step. `gamma` applies once, from a turn's last token to the next turn's first; the paper's is 1.
     - A dialogue at the turn limit is treated as ended: its emotion is final and nothing is bootstrapped.
-    - With `delta` and gamma 0, where it matters to no return, a group's dialogues share their history, because that costs less.
+    - With `delta` and gamma 0, a group's dialogues share their history: no return reaches that far, and it costs less.
 """
 
 import torch

@@ -13,7 +13,7 @@ class Tree:
 
     A dialogue without --think is one sequence, and its tree a chain. With --think every turn is a sequence: the history that
     all later turns share is a trunk, each turn's thinking and reply a branch. Dialogues share the system prompt, and in a
-    GRPO group the opening or all that was said. Token k is seen by token q exactly where it lies on q's path: k <= q < ends[k].
+    group the opening or all that was said. Token k is seen by token q exactly where it lies on q's path: k <= q < ends[k].
     So a forward pass computes every prefix once, with gradients as if not.
     """
 

@@ -128,7 +128,7 @@ def next_prompt(chat, dialogue: Dialogue, think: bool) -> tuple[list[int], int]:
 
 
 def share_prompts(generator: Generator, replies: list[Reply]) -> None:
-    """What replies that begin now have in common (in a GRPO group the opening, or all that was said) is computed once."""
+    """What replies that begin now have in common (in a group the opening, or all that was said) is computed once."""
     groups = {}
     for reply in replies:
         groups.setdefault(tuple(reply.prompt_ids), []).append(reply)

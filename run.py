@@ -59,7 +59,8 @@ def prepare(args: Namespace) -> Run:
     validation_profiles = load_profiles(args.validation_profiles, offline)
     resumed = check_out(args)
     accelerator = start_processes(args)
-    make_simulator(args, args.difficulty)  # raises where the flags name no user
+    with accelerator.main_process_first():  # the others find SmolLM2 converted; each rank's reader is on its own GPU
+        make_simulator(args, args.difficulty)  # raises where the flags name no user
     ranks, device = accelerator.num_processes, accelerator.device.type
     torch.manual_seed(args.seed)
     dtype = compute_dtype(device, args.dtype)
@@ -72,7 +73,8 @@ def prepare(args: Namespace) -> Run:
     start = args.model
     if args.cold_start != "none":
         with accelerator.main_process_first():  # the others find it made
-            settings = args.model, args.think, args.train_layers, device, dtype
+            # What several GPUs share may be too large for one of them.
+            settings = args.model, args.think, args.train_layers, device if ranks == 1 else "cpu", dtype
             start = str(cold_start(*settings, persons, validation_profiles))
     models = load_models(args, device, dtype, ranks, start)
     run = Run(

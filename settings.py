@@ -62,7 +62,7 @@ SETTINGS = {  # flag: its default per preset
     "micro_tokens": (4000, 16384),
     "save_every": (10, 50),
 }
-THINKING_TOKENS = 48  # --max-new-tokens with --think, laptop preset
+THINKING_TOKENS = 48  # --max-new-tokens with --think, laptop preset and evaluate.py
 
 
 def number(kind: type, allowed, rule: str):
@@ -107,7 +107,7 @@ def add_algorithm_flags(parser) -> None:
     add("--algo", choices=("ppo", "grpo"))
     add("--steps", type=positive_int, help="updates")
     add("--batch", type=positive_int, help="dialogues per update")
-    add("--group", type=positive_int, help="dialogues per profile (PPO: only where they share their history)")
+    add("--group", type=positive_int, help="dialogues per profile (PPO: only with --reward delta --gamma 0, else 1)")
     add("--std", action=SWITCH, help="GRPO: divide advantages by the group's standard deviation")
     add("--gamma", type=share, help="discount from one turn to the next")
     add("--lam", type=share, default=1.0, help="GAE lambda (PPO)")
@@ -176,7 +176,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     # Replies that are credited with nothing later are best compared with others to the same message.
     args.together = args.group if (args.reward, args.gamma) == ("delta", 0.0) else 1
     if args.algo == "ppo":
-        args.group = args.together  # a critic asks for no group; a history that is shared is computed once
+        args.group = args.together  # a critic needs no group, but what a group shares is computed once
     elif args.group < 2:
         parser.error("--group must be at least 2: GRPO compares dialogues of one profile")
     if args.batch % args.group:

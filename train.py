@@ -1,7 +1,7 @@
 """RLVER, the whole loop: simulated users -> rollouts -> reward -> PPO or GRPO -> a policy that users like better.
 
     for each step:
-        1. draw profiles; GRPO holds a group of dialogues with each
+        1. draw profiles; a group of dialogues with each (PPO: of one, unless they share their history)
         2. rollout: policy and users take turns until every dialogue has ended
         3. reward: final emotion / 100, or the change per turn; the batch to train on
         4. advantages and update (ppo.py, grpo.py)

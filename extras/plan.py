@@ -21,7 +21,8 @@ def update_memory(args, model, gpus: int, dtype: torch.dtype) -> dict[str, float
     """Bytes per device that an update needs beside weights, gradients and moments, at the longest possible micro-batch."""
     config, ranks, layers = model.config, max(1, gpus), model.config.num_hidden_layers
     head, width, token = HEAD_TOKENS, dtype.itemsize, bytes_per_token(config, dtype)
-    columns = head + args.turns * (args.max_new_tokens + 45)  # of a dialogue's history
+    replies = 1 + (args.together > 1)  # in a turn: its own, and the one from which the history goes on
+    columns = head + args.turns * (replies * args.max_new_tokens + 45)  # of a dialogue
     together = max(1, args.micro_tokens // columns)  # dialogues in a forward pass
     shared = 0 if args.checkpointing or ranks > 1 else head  # computed once for all of them
     tokens = shared + together * (columns - shared)

@@ -230,16 +230,15 @@ def test_a_layer_keeps_as_much_as_the_plan_says(dtype, attention, compiled_flex,
 # --- The check to be run on a GPU -------------------------------------------------------------------------------------
 
 
-def test_the_gpu_check_compares_like_with_like(capsys):
-    """What it calls alike is alike on a CPU, and it sees a model that is another one."""
+def test_the_gpu_check_tells_the_same_model_from_another_one(capsys):
     shape = dict(vocab_size=300, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
     model, batch = gpu_check.random_model(2, torch.float32, "cpu", **shape), gpu_check.random_batch(300)
-    (tokens, _), (others, _) = (gpu_check.decode(model, 4, 100, eager, passes=3) for eager in (False, True))
-    assert tokens == others and len(tokens) == 4 * 6
+    drawn, _ = gpu_check.decode(model, 4, 100, passes=3)
     log_probs_N, gradient = gpu_check.log_probs_and_gradient(model, batch, torch.float32)
     for scale, alike in ((1.0, True), (1.5, False)):
         other = gpu_check.random_model(2, torch.float32, "cpu", **shape)
         other.lm_head.weight.data *= scale
+        assert (gpu_check.decode(other, 4, 100, passes=3)[0] == drawn) == alike
         found_N, found = gpu_check.log_probs_and_gradient(other, batch, torch.bfloat16)
         assert ((found_N - log_probs_N).abs().max() < 0.02) == alike
         assert ((found - gradient).norm() < 0.05 * gradient.norm()) == alike
