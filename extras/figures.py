@@ -15,25 +15,32 @@ PANELS = {
 }
 
 
-def draw_learning(seeds: list[list[dict]], path: Path) -> None:
-    """One panel per quantity: mean over seeds with a band of one standard deviation."""
+# label: files of its seeds, how its line is drawn (readable in grey)
+RUNS = {"python train.py": ("seed?_*_metrics.jsonl", "-"), "python train.py --algo ppo": ("ppo?_*_metrics.jsonl", "--")}
+
+
+def draw_learning(runs: dict[str, list[list[dict]]], path: Path) -> None:
+    """One panel per quantity: for each of `runs` the mean over its seeds, with a band of one standard deviation."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     for axis, (key, label) in zip(figure.subplots(2, 2).flat, PANELS.items()):
-        values = [[row[key] for row in rows] for rows in zip(*seeds)]  # by step
-        steps = range(1, 1 + len(values))
-        middle, spread = [mean(value) for value in values], [stdev(value) for value in values]
-        axis.plot(steps, middle, color="black", label=f"python train.py, {len(seeds)} seeds")
-        low, high = ([m + sign * s for m, s in zip(middle, spread)] for sign in (-1, 1))
-        axis.fill_between(steps, low, high, color="grey", alpha=0.3, linewidth=0)
+        for name, seeds in runs.items():
+            values = [[row[key] for row in rows] for rows in zip(*seeds)]  # by step
+            steps, style = range(1, 1 + len(values)), RUNS[name][1]
+            middle, spread = [mean(value) for value in values], [stdev(value) for value in values]
+            axis.plot(steps, middle, style, color="black", label=f"{name}, {len(seeds)} seeds")
+            low, high = ([m + sign * s for m, s in zip(middle, spread)] for sign in (-1, 1))
+            axis.fill_between(steps, low, high, color="grey", alpha=0.3, linewidth=0)
         axis.set(xlabel="step", ylabel=label)
     figure.axes[0].legend(frameon=False)
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    files = sorted(LAPTOP.glob("seed?_*_metrics.jsonl"))
-    rows = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
-    draw_learning(rows, LAPTOP / "learning.png")
+    runs = {}
+    for name, (files, _) in RUNS.items():
+        texts = [file.read_text(encoding="utf-8") for file in sorted(LAPTOP.glob(files))]
+        runs[name] = [[json.loads(line) for line in text.splitlines()] for text in texts]
+    draw_learning(runs, LAPTOP / "learning.png")
 
 
 if __name__ == "__main__":

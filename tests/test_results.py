@@ -9,11 +9,15 @@ from conftest import ROOT
 STAGES = {"base": "SmolLM2-135M", "before": "after the cold start", "after": "after reinforcement learning"}
 
 
-@pytest.fixture
-def runs():
-    files = sorted((ROOT / "results" / "laptop").glob("seed?_bfloat16.json"))
+def stored(pattern: str) -> list[dict]:
+    files = sorted((ROOT / "results" / "laptop").glob(pattern))
     assert files
     return [json.loads(path.read_text(encoding="utf-8")) for path in files]
+
+
+@pytest.fixture
+def runs():
+    return stored("seed?_bfloat16.json")
 
 
 @pytest.fixture
@@ -49,3 +53,16 @@ def test_the_gains_are_theirs(runs, readme):
 )
 def test_what_else_the_table_says_is_theirs(title, of, runs, readme):
     assert row(title, [f"{of(run):.1f}" for run in runs], [of(run) for run in runs]) in readme
+
+
+def test_the_scores_and_gains_with_ppo_are_theirs(runs, readme):
+    others = stored("ppo?_bfloat16.json")
+    blank = [""] * (len(runs) - len(others))
+    scores = [f"{run['after']['score']:.1f} +- {run['after']['standard_error']:.1f}" for run in others]
+    gains = [run["after - before"] for run in others]
+    cells = [f"{gain['difference']:+.1f} +- {gain['standard_error']:.1f}" for gain in gains]
+    rows = [
+        row("after PPO instead (`--algo ppo`)", scores + blank, [run["after"]["score"] for run in others]),
+        row("its gain over the cold start", cells + blank, [gain["difference"] for gain in gains], "+.1f"),
+    ]
+    assert all(" ".join(words.split()) in readme for words in rows)
