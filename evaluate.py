@@ -41,7 +41,7 @@ from offline_user import WORDS_FILE
 from policy import DTYPES, Chat, compute_dtype, load_model
 from reader import load_reader
 from rollout import instructions, rollout
-from settings import THINKING_TOKENS, not_negative, positive_int
+from settings import LAPTOP_TOKENS, not_negative, positive_int
 from simulator import SAGE, load_profiles, write_whole
 from users import add_simulator_flags, make_simulator
 from verify import read_again, read_transcripts, transcript_of, transcripts_that_add_up
@@ -171,7 +171,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add(
         "--max-new-tokens",
         type=positive_int,
-        help=f"per reply (default: 24; with --think {THINKING_TOKENS}, thinking included)",
+        help="per reply, thinking included (default: {}, with --think {})".format(*LAPTOP_TOKENS),
     )
     add(
         "--slots",
@@ -193,7 +193,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--read", action="store_true", help="with --verify: read every reply again with the reader")
     add("--out", default="result.json", help="where the result goes")
     args = parser.parse_args(argv)
-    args.max_new_tokens = args.max_new_tokens or (THINKING_TOKENS if args.think else 24)
+    args.max_new_tokens = args.max_new_tokens or LAPTOP_TOKENS[args.think]
     return args
 
 

@@ -35,6 +35,7 @@ from users import add_simulator_flags
 
 DATA = Path(__file__).parent / "data"
 PRESETS = ("laptop", "paper")
+LAPTOP_TOKENS = 24, 48  # --max-new-tokens without --think and with it; also of evaluate.py
 SETTINGS = {  # flag: its default per preset
     "algo": ("grpo", "ppo"),
     "simulator": ("offline", "self"),
@@ -47,7 +48,7 @@ SETTINGS = {  # flag: its default per preset
     "group": (3, 4),
     "turns": (6, RLVER.turns),
     "difficulty": ("open", "vanilla"),
-    "max_new_tokens": (24, 5000),
+    "max_new_tokens": (LAPTOP_TOKENS[False], 5000),
     "temperature": (0.7, 1.0),
     "std": (False, True),
     "lr": (2e-4, 1e-6),
@@ -62,7 +63,6 @@ SETTINGS = {  # flag: its default per preset
     "micro_tokens": (4000, 16384),
     "save_every": (10, 50),
 }
-THINKING_TOKENS = 48  # --max-new-tokens with --think, laptop preset and evaluate.py
 
 
 def number(kind: type, allowed, rule: str):
@@ -169,7 +169,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     here = torch.cuda.is_available()
     args.preset = args.preset or ("paper" if here else "laptop")
     if args.think and args.preset == "laptop" and args.max_new_tokens is None:
-        args.max_new_tokens = THINKING_TOKENS
+        args.max_new_tokens = LAPTOP_TOKENS[True]
     for name, defaults in SETTINGS.items():
         if getattr(args, name) is None:
             setattr(args, name, defaults[PRESETS.index(args.preset)])

@@ -22,9 +22,8 @@ from settings import positive_int
 from simulator import User
 
 SHAPE = dict(
-    vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4,
-    max_position_embeddings=32768,
-)  # fmt: skip
+    vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4
+)
 # name: (FlexAttention, dtype, activation checkpoints); the first is what the others are compared with
 WAYS = {
     "plain float32": (False, torch.float32, False),
@@ -76,11 +75,8 @@ def random_batch(vocabulary: int, dialogues: int = 9, turns: int = 3):
 
 def log_probs_and_gradient(model, batch, dtype: torch.dtype):
     """Of a loss that weighs each sampled token differently: ((N,), all gradients in one row), float32, on the CPU."""
-    policy, weight_N, log_probs_N = (
-        Policy(model, dtype=dtype),
-        torch.linspace(-1, 1, len(batch)),
-        torch.zeros(len(batch)),
-    )
+    policy = Policy(model, dtype=dtype)
+    weight_N, log_probs_N = torch.linspace(-1, 1, len(batch)), torch.zeros(len(batch))
     for members, _ in micro_batches(batch, 3000):
         log_probs_n, _, index_n = policy(batch, members)
         (log_probs_n * weight_N[index_n].to(log_probs_n.device)).sum().backward()

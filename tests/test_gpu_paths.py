@@ -29,8 +29,7 @@ from generator import Generator, Slots, columns_for, slots_with_room, varlen
 from policy import Critic, ModelError, Policy, checkpoint_activations
 from settings import parse_args
 
-SHAPE = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-             num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False)  # fmt: skip
+SHAPE = gpu_check.SHAPE | dict(num_hidden_layers=28, tie_word_embeddings=False)
 
 
 @pytest.fixture
