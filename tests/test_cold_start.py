@@ -15,7 +15,7 @@ from exchanges import HELD_OUT_AUTHORS, PLAIN, Exchange, load_exchanges
 from offline_user import DISPLEASED
 from policy import Policy, load_model
 from rollout import Dialogue, Turn
-from sft import cold_start, loss_on, train_on, written_dialogues
+from sft import STORY_TOKENS, cold_start, loss_on, stories, train_on, written_dialogues
 from simulator import INTENTIONS, User, load_profiles, with_every_intention
 
 
@@ -108,13 +108,13 @@ def test_the_cold_start_learns_the_replies_and_nothing_else(persons, model, chat
         lost -= sum(log_probs[k - 1, row[k]].item() for k in range(start, len(row)))
         tokens += len(row) - start
     assert before == pytest.approx(lost / tokens, abs=1e-4)
-    train_on(policy, dialogues * 4)
+    train_on(policy, dialogues * 4, stories(persons[:2], chat))
     assert loss_on(policy, dialogues) < before - 0.1
 
 
 def test_a_step_of_the_cold_start_is_adam_on_the_mean_log_prob_of_the_replies(monkeypatch):
     """A few replies of one person a step, persons in a shuffled order, the gradient clipped at norm 1, a learning rate that falls
-    to 0."""
+    to 0; and on a plain text the KL to the start."""
     monkeypatch.setattr(sft, "REPLIES_A_STEP", 2)
     rng = torch.Generator().manual_seed(0)
     ids = lambda count: torch.randint(3, 250, (count,), generator=rng).tolist()
@@ -125,7 +125,8 @@ def test_a_step_of_the_cold_start_is_adam_on_the_mean_log_prob_of_the_replies(mo
     model = tiny_model()
     model.lm_head.weight.data *= 15
     start, slow = copy.deepcopy(model), copy.deepcopy(model)
-    train_on(Policy(model), dialogues, seed=5)
+    texts = [ids(7), ids(12)]
+    train_on(Policy(model), dialogues, texts, seed=5)
     optimizer = torch.optim.AdamW(slow.parameters(), lr=sft.LEARNING_RATE, weight_decay=0.0)
     parts, norms = [], []
     for dialogue in random.Random("5 0").sample(dialogues, 5):
@@ -136,7 +137,9 @@ def test_a_step_of_the_cold_start_is_adam_on_the_mean_log_prob_of_the_replies(mo
             logits = slow(torch.tensor([turn.prompt_ids + turn.sampled_ids])).logits[0, len(turn.prompt_ids) - 1 : -1]
             log_probs.append(logits.log_softmax(-1)[range(len(turn.sampled_ids)), turn.sampled_ids])
         optimizer.zero_grad()
-        (-torch.cat(log_probs).mean()).backward()
+        text = torch.tensor([texts[step % 2]])
+        was, now = (net(text).logits[0].log_softmax(-1) for net in (start.requires_grad_(False), slow))
+        (-torch.cat(log_probs).mean() + (was.exp() * (was - now)).sum(-1).mean()).backward()
         norms.append(torch.nn.utils.clip_grad_norm_(slow.parameters(), 1.0).item())
         optimizer.param_groups[0]["lr"] = sft.LEARNING_RATE * (1 - step / 6)
         optimizer.step()
@@ -145,6 +148,13 @@ def test_a_step_of_the_cold_start_is_adam_on_the_mean_log_prob_of_the_replies(mo
         for other in (start, model)
     )
     assert max(norms) > 1.2 * min(norms) > 1.2 and apart < 1e-3 * moved
+
+
+def test_what_must_not_be_forgotten_is_each_persons_story_as_plain_text(persons, chat):
+    texts = stories(persons[:9], chat)
+    assert len({tuple(text) for text in texts}) == 9 and max(map(len, texts)) <= STORY_TOKENS
+    for person, text in zip(persons, texts):
+        assert " ".join((person.first_talk, *person.facts)).startswith(chat.decode(text).strip())
 
 
 def test_a_cold_start_is_made_once_for_the_same_settings_and_told_on_strangers(
@@ -165,7 +175,7 @@ def test_a_cold_start_is_made_once_for_the_same_settings_and_told_on_strangers(
     assert loss["before"] == pytest.approx(loss_on(Policy(model), strangers), abs=1e-4)
     assert loss["after"] == pytest.approx(loss_on(Policy(learned), strangers), abs=1e-4)
     made = []
-    monkeypatch.setattr(sft, "train_on", lambda policy, dialogues: made.append(dialogues))
+    monkeypatch.setattr(sft, "train_on", lambda policy, dialogues, texts: made.append(dialogues))
     monkeypatch.setattr(sft, "loss_on", lambda policy, dialogues: 0.0)
     assert cold_start(**settings) == folder and not made
     others = [dict(think=True), dict(layers=2), dict(dtype=torch.bfloat16), dict(profiles=persons[2:3])]
