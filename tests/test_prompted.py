@@ -650,8 +650,9 @@ def test_a_step_with_too_many_broken_users_stops_and_can_go_on(tiny_folder, tmp_
         assert tiny_train(tiny_folder, tmp_path / "o", *flags, "--steps", "2", "--resume") == 0
     rows = [json.loads(line) for line in (tmp_path / "o" / "transcripts.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0] * 2 + [1] * 2, "one of each group, which shares its history"
-    assert all(other["Analyse"] for row in rows for m in row["history"] for other in m.get("instead", ())), (
-        "a reason each"
+    others = [other for row in rows for message in row["history"] for other in message.get("instead", ())]
+    assert len(others) == 4 * 2 and all(other["Analyse"] for other in others), (
+        "what the other one said, with its reason"
     )
     assert evaluate.main(["--verify", str(tmp_path / "o" / "transcripts.jsonl")]) == 0
 
