@@ -14,6 +14,7 @@ Deliberate deviations from the paper, laptop preset only
       itself. With 16 steps there is no time to find out which of several replies earned a final emotion. And so each reply is best
       compared with others to the same message: a group shares its history (`rollout(together=...)`).
     - Advantages are not divided by the group's standard deviation: where all replies miss, what differs is noise.
+    - A KL to the model after the cold start holds the eight acts together, of which the rarest would die out.
     - Sampling at temperature 0.7: at temperature 1 a 135M model writes noise. All log-probs are of that same policy.
     - A cold start (sft.py), six turns in training, with users who ask outright from the first message on (`--difficulty open`);
       held-out users hint only when a reply has missed, for nine turns.
@@ -55,6 +56,7 @@ SETTINGS = {  # flag: its default per preset
     "critic_lr": (1e-4, 5e-6),
     "warmup": (3, 7),
     "max_grad_norm": (0.1, 1.0),
+    "kl": (0.01, 0.0),
     "entropy": (0.0, 0.001),
     "train_layers": (20, None),
     "checkpointing": (False, True),
@@ -116,7 +118,7 @@ def add_algorithm_flags(parser) -> None:
     add("--clip", type=positive_float, default=0.2, help="of the probability ratio")
     add("--value-clip", type=positive_float, default=0.5, help="of the value change (PPO)")
     add("--importance-cap", type=not_negative, default=2.0, help="of a token's weight trainer / sampler; 0: no weights")
-    add("--kl", type=not_negative, default=0.0, help="coefficient of the KL to the initial policy; 0: no reference")
+    add("--kl", type=not_negative, help="coefficient of the KL to the initial policy; 0, the paper's: no reference")
     add("--entropy", type=not_negative, help="coefficient of the entropy bonus")
     add("--epochs", type=positive_int, default=1, help="passes over a batch")
     add("--max-grad-norm", type=positive_float)

@@ -10,8 +10,8 @@ LAPTOP = Path(__file__).parent.parent / "results" / "laptop"
 PANELS = {
     "change_per_turn": "emotion per reply, points",
     "serves": "right act, % of replies",
+    "kl": "KL to the cold start, nats/token",
     "entropy": "entropy, nats/token",
-    "reply_tokens": "tokens per reply",
 }
 
 
