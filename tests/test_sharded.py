@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import train
 from extras.plan import memory_plan
 
-TINY = "--preset laptop --batch 8 --turns 3 --max-new-tokens 9 --no-eval --train-layers 3 --micro-tokens 600 --warmup 1 --kl 0.01 --cold-start none".split()
+TINY = "--preset laptop --batch 8 --turns 3 --max-new-tokens 9 --no-eval --train-layers 3 --micro-tokens 600 --warmup 1 --cold-start none".split()
 
 
 @pytest.fixture(scope="module")
