@@ -14,7 +14,8 @@ Deliberate deviations from the paper, laptop preset only
       itself. With 16 steps there is no time to find out which of several replies earned a final emotion. And so each reply is best
       compared with others to the same message: a group shares its history (`rollout(together=...)`).
     - Advantages are not divided by the group's standard deviation: where all replies miss, what differs is noise.
-    - A KL to the model after the cold start holds the eight acts together, of which the rarest would die out.
+    - A KL to the model after the cold start: without it the score rises further, and the replies make less sense, which the reader
+      does not see (results/laptop/choices).
     - Sampling at temperature 0.7: at temperature 1 a 135M model writes noise. All log-probs are of that same policy.
     - A cold start (sft.py), six turns in training, with users who ask outright from the first message on (`--difficulty open`);
       held-out users hint only when a reply has missed, for nine turns.
