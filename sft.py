@@ -1,14 +1,14 @@
 """The cold start: a few minutes of supervised learning on written exchanges, before any reward.
 
     data/exchanges.jsonl, data/hints.jsonl -> what was said, a hint, the reply that it asks for
-                                           -> maximise the replies' log-probs -> the initial policy
+                                           -> maximise the replies' log-probs, near the base on plain text -> the initial policy
 
 The paper starts from Qwen2.5-7B-Instruct, which can hold such a talk already; SmolLM2-135M cannot, and what is never sampled is
 never rewarded. Every training person is here with every hidden intention (data/hints.jsonl), or the model would learn by heart who
 wants what. Persons that the reader holds out are not trained on. The result is kept in the user's cache.
 
-On the persons' stories as plain text the model must go on predicting as it did before, or it would forget ordinary language over a
-few thousand short replies (learning without forgetting: Li & Hoiem, arXiv 1606.09282).
+On the persons' stories as plain text the model is held to what it predicted before, or it would forget ordinary language over two
+thousand short replies (learning without forgetting: Li & Hoiem, arXiv 1606.09282).
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from rollout import Dialogue, Turn, instructions, make_batch, next_prompt
 from simulator import HINTS, RLVER, Appraisal, Profile, Reaction, User, with_every_intention, write_whole
 
 EPOCHS, REPLIES_A_STEP, LEARNING_RATE = 1, 8, 4e-4
-STORY_TOKENS = 128
+STORY_TOKENS = 128  # of a story, from its beginning
 HINTED = 0.8  # share of replies before which the person hints at what the reply then does
 
 
@@ -70,24 +70,24 @@ def written_dialogue(profile: Profile, replies: list[Exchange], wishes: dict, ch
 
 
 def stories(profiles: list[Profile], chat: Chat) -> list[list[int]]:
-    """Each person's story as plain text, token ids."""
+    """How each person's story begins, as plain text: token ids."""
     return [chat.text_ids(" ".join((profile.first_talk, *profile.facts)))[:STORY_TOKENS] for profile in profiles]
 
 
-def forgotten(policy: Policy, start, ids: list[int]) -> torch.Tensor:
+def kl_to_start(policy: Policy, start, ids: list[int]) -> torch.Tensor:
     """KL(start || policy) of the next token, nats, mean over the places of a text (scalar, float32)."""
     ids_1_T = torch.tensor([ids], device=policy.model.device)
     with autocast(ids_1_T.device.type, policy.dtype):
         log_probs_T_V = F.log_softmax(policy.model(ids_1_T).logits[0].float(), dim=-1)
         with torch.no_grad():
-            start_T_V = F.log_softmax(start(ids_1_T).logits[0].float(), dim=-1)
-    return F.kl_div(log_probs_T_V, start_T_V, log_target=True, reduction="batchmean")
+            start_log_probs_T_V = F.log_softmax(start(ids_1_T).logits[0].float(), dim=-1)
+    return F.kl_div(log_probs_T_V, start_log_probs_T_V, log_target=True, reduction="batchmean")
 
 
 def train_on(policy: Policy, dialogues: list[Dialogue], texts: list[list[int]], seed: int = 0) -> None:
-    """AdamW on the replies' tokens alone, a few replies of one person a step, the learning rate falling to 0, while on one of
-    `texts` the policy is held to what it was before."""
-    start = frozen_copy(policy.model, dtype=policy.dtype)
+    """AdamW, the learning rate falling to 0. A step's loss: minus the mean log-prob of the tokens of a few replies of one person,
+    plus the KL to the start on one of `texts`."""
+    start = frozen_copy(policy.model, dtype=policy.dtype)  # in bfloat16 rounded to it
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     order = [d for epoch in range(EPOCHS) for d in random.Random(f"{seed} {epoch}").sample(dialogues, len(dialogues))]
@@ -99,7 +99,7 @@ def train_on(policy: Policy, dialogues: list[Dialogue], texts: list[list[int]], 
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * (1 - step / len(parts))
             log_probs_n, _, _ = policy(make_batch([part], "terminal"), [0])
-            loss = -log_probs_n.mean() + forgotten(policy, start, texts[step % len(texts)])
+            loss = -log_probs_n.mean() + kl_to_start(policy, start, texts[step % len(texts)])
             loss.backward()
             clip_gradients(policy, 1.0)
             optimizer.step()
@@ -141,7 +141,7 @@ def cold_start(
     if not written or not held_out:
         raise ValueError("--cold-start: nothing was written for these profiles; use --cold-start none")
     before = loss_on(policy, held_out)
-    train_on(policy, written, stories(profiles, chat))
+    train_on(policy, written, stories([d.user.profile for d in written], chat))
     save_model(loaded, tokenizer, folder)
     write_whole(folder / "loss.json", json.dumps({"before": before, "after": loss_on(policy, held_out)}))
     return folder
