@@ -26,10 +26,8 @@ def draw_learning(runs: dict[str, list[list[dict]]], path: Path) -> None:
         for name, seeds in runs.items():
             values = [[row[key] for row in rows] for rows in zip(*seeds)]  # by step
             steps, style = range(1, 1 + len(values)), RUNS[name][1]
-            middle, spread = (
-                [mean(value) for value in values],
-                [stdev(value) if len(seeds) > 1 else 0 for value in values],
-            )
+            middle = [mean(value) for value in values]
+            spread = [stdev(value) if len(seeds) > 1 else 0 for value in values]
             axis.plot(steps, middle, style, color="black", label=f"{name}, seeds: {len(seeds)}")
             low, high = ([m + sign * s for m, s in zip(middle, spread)] for sign in (-1, 1))
             axis.fill_between(steps, low, high, color="grey", alpha=0.3, linewidth=0)
