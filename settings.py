@@ -11,7 +11,7 @@ Presets
 
 Deliberate deviations from the paper, laptop preset only
     - `delta` rewards without discount over turns (gamma 0): each reply is credited with the emotion change that it caused
-      itself. With 16 steps there is no time to find out which of several replies earned a final emotion. And so each reply is best
+      itself. With 24 steps there is no time to find out which of several replies earned a final emotion. And so each reply is best
       compared with others to the same message: a group shares its history (`rollout(together=...)`).
     - Advantages are not divided by the group's standard deviation: where all replies miss, what differs is noise.
     - A KL to the model after the cold start: without it the score rises further, and the replies make less sense, which the reader
@@ -44,7 +44,7 @@ SETTINGS = {  # flag: its default per preset
     "cold_start": ("exchanges", "none"),
     "reward": ("delta", "terminal"),
     "gamma": (0.0, 1.0),
-    "steps": (16, 350),
+    "steps": (24, 350),
     "batch": (24, 32),
     "group": (3, 4),
     "turns": (6, RLVER.turns),
