@@ -58,7 +58,8 @@ USERS = {
 
 
 def summarize(transcripts: list[dict]) -> dict:
-    """Score, standard error, success and failure in percent, turns and reply length; also per intention and character.
+    """Score, standard error; success, failure, broken formats in percent of the dialogues; turns and reply length; also per
+    intention and character.
 
     Dialogues whose simulated user broke down are counted as dropped, and scored nowhere. Raises ValueError if none is left.
     """
@@ -77,6 +78,7 @@ def summarize(transcripts: list[dict]) -> dict:
         "standard_error": error,
         "success": round(100 * sum(emotion >= 100 for emotion in emotions) / len(kept), 1),
         "failure": round(100 * sum(emotion < 10 for emotion in emotions) / len(kept), 1),
+        "broken_formats": round(100 * sum(not transcript.get("format_ok", True) for transcript in kept) / len(kept), 1),
         "replies_per_dialogue": round(len(replies) / len(kept), 2),
         "words_per_reply": words_per_reply(replies, "content"),
         "thinking_words_per_reply": words_per_reply(replies, "thinking"),

@@ -68,8 +68,8 @@ class Slots(Cache):
         if other:
             other = ", ".join(other)
             raise ModelError(f"{config.name_or_path}: has layers of {other}; only full attention is supported")
-        if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "dynamic":
-            problem = "its rotary frequencies change with the longest dialogue (rope type dynamic), which would move all others"
+        if (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope"):
+            problem = "its rotary frequencies change with the longest dialogue, which would move all others"
             raise ModelError(f"{config.name_or_path}: {problem}")
         self.backend = products if eager else backend_for(self.device, self.dtype)
         self.shape = config.num_hidden_layers, slots, *key_shape(config)

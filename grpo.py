@@ -1,8 +1,8 @@
 """GRPO on multi-turn dialogue: no critic; a dialogue is compared with the other dialogues of its profile.
 
 Sections, the same as in ppo.py, to be read side by side
-    1. Advantages    A_i = (R_i - mean(R_group)) / std(R_group)                       (DeepSeekMath, arXiv 2402.03300, eq. 3)
-    2. Losses        clipped surrogate (PPO, arXiv 1707.06347, eq. 7), KL to the reference in the loss (eq. 4)
+    1. Advantages    A_i = (R_i - mean(R_group)) / std(R_group)                       (DeepSeekMath, arXiv 2402.03300, 4.1.2)
+    2. Losses        clipped surrogate (PPO, arXiv 1707.06347, eq. 7), KL to the reference in the loss (its eq. 4)
     3. update()      one batch of dialogues -> one or more optimizer steps -> metrics
 
 Deliberate deviations from the paper
@@ -12,6 +12,7 @@ Deliberate deviations from the paper
       at the same turn. With `delta` and gamma 0 the group's replies of a turn answer the same message, so that nothing but
       the reply is compared (GiGPO, arXiv 2505.10978, compares where states happen to be the same).
     - The k3 estimate of the KL is multiplied by the importance ratio; without it the gradient is not that of the KL.
+    - Sampler and trainer round differently: the surrogate is weighted by trainer / sampler (--importance-cap 0: the paper's).
     - The loss is divided by the number of sampled tokens of the whole batch, not per dialogue, so that a short reply's
       tokens weigh no more than a long one's.
 """
@@ -74,16 +75,16 @@ def policy_loss(log_probs_n, old_log_probs_n, advantages_n, clip: float):
 
 
 def importance(old_log_probs_n, sampler_log_probs_n, cap: float):
-    """Weight trainer / sampler, at most `cap` (truncated importance sampling, Ionides 2008): what generates rounds otherwise than
-    what trains. cap 0: no weights."""
+    """Weight trainer / sampler, at most `cap` (truncated importance sampling, Ionides 2008): they round differently.
+    cap 0: no weights."""
     return (old_log_probs_n - sampler_log_probs_n).exp().clamp(max=cap) if cap else 1.0
 
 
 def kl_loss(log_probs_n, ref_log_probs_n, ratio_n):
-    """ratio * k3 with k3 = exp(ref - pi) - 1 - (ref - pi) >= 0: its mean is KL(pi || ref), its gradient the KL's.
+    """ratio * k3 with k3 = exp(x) - 1 - x >= 0 and x = ref - pi: its mean is KL(pi || ref), its gradient -ratio * x the KL's.
 
-    ref - pi is bounded: one token that the policy has all but given up would outweigh a thousand others."""
-    log_ratio_n = (ref_log_probs_n - log_probs_n).clamp(max=3.0)
+    Nothing is bounded: exp(x), huge for a token that the policy has all but given up, cancels in the gradient."""
+    log_ratio_n = ref_log_probs_n - log_probs_n
     return ratio_n * (log_ratio_n.exp() - 1 - log_ratio_n)
 
 

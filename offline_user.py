@@ -64,8 +64,8 @@ LONGEST = 90  # words of a reply
 # --- 2. Guards --------------------------------------------------------------------------------------------------------
 
 SCORING = re.compile(
-    r"<\||\|>|</?s>|\[/?inst\]|</?think|\b(set|raise|increase|put|change|update)\b.{0,25}\bemotion|"
-    r"\bemotion\b\s*(score|value|level|point|state|=|:|to)|\bchange\s*[:=]|\bignore\b.{0,25}\b(rules?|instructions?|prompt)",
+    r"<\||\|>|</?s>|\[/?inst\]|</?think|\b(set|raise|increase|change|update)\s+((my|your|the)\s+)?emotion\b|"
+    r"\bemotion\b\s*(score|value|level|point|state|=|:|to\s+\d)|\bchange\s*[:=]\s*[+-]?\d|\bignore\b.{0,25}\b(rules?|instructions?|prompt)",
     re.I,
 )
 
@@ -167,7 +167,8 @@ def next_fact(user: User, reply: str) -> str:
 
 
 def next_hint(user: User) -> str:
-    """A profile's first hint is veiled, the next ones ask outright: who was missed once says it plainer; an open user always."""
+    """The first hint is veiled, the others ask outright: who was missed once says it plainer. An open user begins with the
+    second. After the last the first comes again."""
     given = sum(hint in message for message in user.messages for hint in user.profile.hints)
     return user.profile.hints[(given + (user.difficulty == "open")) % len(user.profile.hints)]
 

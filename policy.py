@@ -145,7 +145,7 @@ def autocast(device: str, dtype: torch.dtype):
 
 
 def train_upper_layers(model, layers: int | None) -> None:
-    """Freeze everything below the last `layers` decoder layers (None: train all), the embedding included."""
+    """Train the last `layers` decoder layers and the final norm alone (None: everything); embedding and head stay as they are."""
     if layers is None:
         return
     model.requires_grad_(False)
@@ -192,7 +192,9 @@ class Chat:
         after_reply, header = rest.split(self.REPLY, 1)[1].split(self.USER, 1)
         self.head, self.opening_header = self._encode(head), self._encode(header)
         longest_first = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
-        stop_text = next(token for token in longest_first if after_reply.startswith(token))
+        stop_text = next((token for token in longest_first if after_reply.startswith(token)), None)
+        if stop_text is None:
+            raise ModelError(f"{tokenizer.name_or_path}: its chat template does not end a reply with a special token")
         self.stop_id = tokenizer.convert_tokens_to_ids(stop_text)
         others = model.generation_config.eos_token_id if model else None  # one id, several or none
         others = others if isinstance(others, list) else [others]

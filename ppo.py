@@ -9,6 +9,7 @@ Deliberate deviations from the paper
     - GAE runs over the sampled tokens of a dialogue, in order, as if nothing lay between them: the user's words are the
       environment and take no step. `gamma` applies once, from a turn's last token to the next turn's first; the paper's is 1.
     - A dialogue at the turn limit is treated as ended: its emotion is final and nothing is bootstrapped.
+    - Sampler and trainer round differently: the surrogate is weighted by trainer / sampler (--importance-cap 0: the paper's).
     - With `delta` and gamma 0, a group's dialogues share their history: no return reaches that far, and it costs less.
 """
 
@@ -40,15 +41,15 @@ def gae(rewards_N, values_N, batch, *, gamma: float = 1.0, lam: float = 1.0):
 
 def whiten(values_N, device="cpu"):
     """Mean 0 and standard deviation 1 over the sampled tokens of all ranks; equal values become 0, not magnified noise."""
-    total, count = global_sum([values_N.sum().item(), len(values_N)], device)
-    return (values_N - total / count) / (spread(values_N, device) ** 0.5 + 1e-5)
+    mean, variance = moments(values_N, device)
+    return (values_N - mean) / (variance**0.5 + 1e-5)
 
 
-def spread(values_N, device="cpu") -> float:
-    """Variance over the sampled tokens of all ranks."""
+def moments(values_N, device="cpu") -> tuple[float, float]:
+    """(mean, variance) over the sampled tokens of all ranks."""
     total, count = global_sum([values_N.sum().item(), len(values_N)], device)
     (squares,) = global_sum([(values_N - total / count).square().sum().item()], device)
-    return squares / count
+    return total / count, squares / count
 
 
 # --- 2. Losses, one value per token -----------------------------------------------------------------------------------
@@ -62,8 +63,8 @@ def policy_loss(log_probs_n, old_log_probs_n, advantages_n, clip: float):
 
 
 def importance(old_log_probs_n, sampler_log_probs_n, cap: float):
-    """Weight trainer / sampler, at most `cap` (truncated importance sampling, Ionides 2008): what generates rounds otherwise than
-    what trains. cap 0: no weights."""
+    """Weight trainer / sampler, at most `cap` (truncated importance sampling, Ionides 2008): they round differently.
+    cap 0: no weights."""
     return (old_log_probs_n - sampler_log_probs_n).exp().clamp(max=cap) if cap else 1.0
 
 
@@ -114,7 +115,8 @@ def update(policy, reference, critic, optimizer, critic_optimizer, batch, args) 
     kl_N = kl_penalty(sampler_log_probs_N, ref_log_probs_N)
     rewards_N = batch.reward_N.to(device) - args.kl * kl_N
     advantages_N, returns_N = gae(rewards_N, old_values_N, batch, gamma=args.gamma, lam=args.lam)
-    explained = 1 - spread(returns_N - old_values_N.cpu(), device) / (spread(returns_N, device) + 1e-8)
+    (_, left), (_, variance) = moments(returns_N - old_values_N.cpu(), device), moments(returns_N, device)
+    explained = 1 - left / (variance + 1e-8)
     advantages_N, returns_N = whiten(advantages_N, device).to(device), returns_N.to(device)
     for epoch in range(args.epochs):
         sums = dict.fromkeys(("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "sampler_gap"), 0.0)

@@ -93,8 +93,8 @@ class Head(nn.Module):
 
 
 def fit_head(features_N_F, shares_N_A, l2: float = 0.1) -> Head:
-    """Multinomial logistic regression by LBFGS; the targets are shares of acts. What serves weighs twice: a friend's words
-    taken for nonsense teach worse than the other way round."""
+    """Multinomial logistic regression by LBFGS; the targets are shares of acts. Acts that serve weigh twice: to take
+    a friend's words for nonsense does more harm than the reverse."""
     weight_N = 1 + shares_N_A[:, : len(INTENTIONS)].sum(-1)
     head = Head(features_N_F.shape[1])
     head.mean, head.deviation = features_N_F.mean(0), features_N_F.std(0) + 1e-5

@@ -48,7 +48,7 @@ class Turn:
 
     prompt_ids: list[int]
     sampled_ids: list[int]
-    log_probs: list[float]  # the sampler's: for PPO's KL, and for the gap to the trainer's
+    log_probs: list[float]  # the sampler's: for PPO's KL, and for the weight trainer / sampler
     stopped: bool  # ended by a stop token, not by the token limit
     thinking: str
     reply: str
@@ -61,7 +61,7 @@ class Dialogue:
     user: User
     start: int
     turns: list[Turn] = field(default_factory=list)
-    first: "Dialogue | None" = None  # of those that share its history, unless it is that itself
+    first: "Dialogue | None" = None  # whose history this one shares; None where it has its own
     dropped: str = ""  # why the simulated user broke down; such a dialogue is neither rewarded nor scored
 
     @property
@@ -150,8 +150,8 @@ def rollout(
     called at each dialogue's end (for a progress bar).
 
     `together` dialogues in a row, with one profile, share their history: each says its own reply, then all go on from the first
-    one's, so that their next replies answer the same message. They wait for each other, and end with the first; of another one whose
-    user breaks down all turns are dropped, and where its format breaks, it alone has said nothing.
+    one's, so that their next replies answer the same message. They wait for each other, and all end when the first one ends. Another
+    one whose user breaks down is dropped whole; one that breaks the format gets no answer in that turn and goes on with the rest.
 
     Each pass takes one more token of every reply in the making, and the messages of the users who have answered meanwhile: a slow
     user on a server delays nobody else. Users in this process answer together, when nobody speaks any more. At most `slots`
@@ -200,10 +200,10 @@ class Talks:
     dialogues: list[Dialogue]
     randoms: list[torch.Generator]
     free: list[int]  # slots
-    opening: dict[Future, int]  # of which dialogue, the first of those that are held together
-    waiting: deque[int] = field(default_factory=deque)  # likewise
-    slots: dict[int, list[int]] = field(default_factory=dict)  # of the dialogues that are held together
-    unanswered: dict[int, int] = field(default_factory=dict)  # how many of them
+    opening: dict[Future, int]  # the first dialogue of each group whose user is still opening
+    waiting: deque[int] = field(default_factory=deque)  # first dialogues of groups that wait for slots
+    slots: dict[int, list[int]] = field(default_factory=dict)  # first dialogue: the slots of its group
+    unanswered: dict[int, int] = field(default_factory=dict)  # first dialogue: how many of its group have no answer yet
     speaking: list[Reply] = field(default_factory=list)
     listening: dict[Future, int] = field(default_factory=dict)
 

@@ -9,6 +9,8 @@ Presets
     paper   CUDA: Qwen2.5-7B-Instruct, PPO, the paper's settings (arXiv 2507.03112, section 3 and its script); the user is
             prompted, and played by the frozen initial policy unless --simulator names a server
 
+Deliberate deviation from the paper, both presets: policy and critic share --warmup (the script: 2 and 5 % of the steps).
+
 Deliberate deviations from the paper, laptop preset only
     - `delta` rewards without discount over turns (gamma 0): each reply is credited with the emotion change that it caused
       itself. With 24 steps there is no time to find out which of several replies earned a final emotion. And so each reply is best
@@ -114,8 +116,8 @@ def add_algorithm_flags(parser) -> None:
     add("--lam", type=share, default=1.0, help="GAE lambda (PPO)")
     add("--lr", type=positive_float, help="of the policy")
     add("--critic-lr", type=positive_float, help="of the critic (PPO)")
-    add("--lr-end", type=share, help="share of the learning rates that is left at the end (linear decay)")
-    add("--warmup", type=not_negative_int, help="steps until the full learning rate")
+    add("--lr-end", type=share, help="share of the learning rates left after the last step (linear decay)")
+    add("--warmup", type=not_negative_int, help="steps of linear warm-up")
     add("--clip", type=positive_float, default=0.2, help="of the probability ratio")
     add("--value-clip", type=positive_float, default=0.5, help="of the value change (PPO)")
     add("--importance-cap", type=not_negative, default=2.0, help="of a token's weight trainer / sampler; 0: no weights")
@@ -123,7 +125,7 @@ def add_algorithm_flags(parser) -> None:
     add("--entropy", type=not_negative, help="coefficient of the entropy bonus")
     add("--epochs", type=positive_int, default=1, help="passes over a batch")
     add("--max-grad-norm", type=positive_float)
-    add("--train-layers", type=int, help="train only this many upper layers")
+    add("--train-layers", type=positive_int, help="train only this many upper layers")
 
 
 def add_run_flags(parser) -> None:

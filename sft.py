@@ -46,7 +46,7 @@ def written_dialogues(profiles: list[Profile], chat: Chat, think: bool, seed: in
 
 def written_dialogue(profile: Profile, replies: list[Exchange], wishes: dict, chat: Chat, think: bool, rng) -> Dialogue:
     """A tree: each message of the person in as many versions as replies were written to it, as the offline user would say it:
-    pleased where the reply before did the same as this one, else displeased, mostly with a hint. It goes on after the last."""
+    pleased where the reply before did the same as this one, else displeased, mostly with a hint. The next message follows the last."""
     story, past = (profile.first_talk, *profile.facts), Dialogue(User(profile, RLVER.start), RLVER.start)
     turns, past_act = [], ""
     for told in sorted({e.turn for e in replies}):

@@ -14,6 +14,7 @@ The user itself: an LLM that is prompted with rules (prompted_user.py), or the s
 Deliberate deviations from the paper
     - The profiles are our own, in English, with no persona in both splits (54 of the 100 official test profiles
       have a persona that also occurs in the official train split).
+    - A change is clamped to [-10, 10] in training, too, as SAGE does; the paper's training script does not.
 """
 
 import json

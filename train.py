@@ -122,8 +122,8 @@ def update(run: Run, step: int, batch: Batch) -> dict:
     args, models = run.args, run.models
     models.make_room()
     set_learning_rates(models.optimizers, step, args)
-    sampled = batch.dialogue_N.bincount(minlength=args.batch).tolist()
-    kept = [dialogue for dialogue in range(args.batch) if sampled[dialogue]]  # their users did not break down
+    sampled = batch.dialogue_N.bincount().tolist()
+    kept = [dialogue for dialogue, tokens in enumerate(sampled) if tokens]  # their users did not break down
     dealt = deal([sampled[dialogue] for dialogue in kept], run.ranks)
     part, index_n = batch.part([kept[piece] for piece in dealt[run.rank]])
     if args.algo == "grpo":
@@ -139,7 +139,7 @@ def update(run: Run, step: int, batch: Batch) -> dict:
 
 
 def set_learning_rates(optimizers: list, step: int, args: Namespace) -> None:
-    """Linear warm-up, then linear decay to --lr-end."""
+    """A linear warm-up, times a linear decay from 1 at the first step to --lr-end after the last."""
     warm = min(1.0, (step + 1) / max(1, args.warmup))
     for optimizer, lr in zip(optimizers, (args.lr, args.critic_lr)):
         for group in optimizer.param_groups:

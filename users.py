@@ -20,7 +20,7 @@ def add_simulator_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--simulator",
         default="offline",
-        help="who plays the user: offline, self (the initial policy; preset paper), or a server's URL",
+        help="who plays the user: offline, self (in training the frozen initial policy, in evaluate.py --model), or a server's URL",
     )
     add("--simulator-model", help="the model's name on that server")
     add("--simulator-concurrency", type=int, default=32, help="calls to the server at once")

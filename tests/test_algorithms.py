@@ -222,6 +222,15 @@ def test_kl_estimators_have_the_exact_value_and_gradient():
     assert torch.allclose(torch.autograd.grad(estimate, logits)[0], exact_gradient, atol=1e-6)
 
 
+def test_the_kl_draws_every_token_back_by_its_distance():
+    """Its gradient in pi is -ratio (ref - pi), and so points to the reference also where the policy has all but given a token up."""
+    log_pi = torch.tensor([-0.5, -2.0, -6.0, -9.0], requires_grad=True)
+    ref, old = torch.tensor([-3.0, -1.0, -2.0, -1.0]), torch.tensor([-0.6, -2.2, -6.0, -8.0])
+    ratio = (log_pi - old).exp()
+    grpo.kl_loss(log_pi, ref, ratio).sum().backward()
+    assert torch.allclose(log_pi.grad, (-ratio * (ref - log_pi)).detach(), rtol=1e-4)
+
+
 def test_gae_against_the_sum():
     """A_t = sum_k (gamma lambda)^k delta_(t+k), dialogue by dialogue; user tokens in between leave no trace."""
     batch, gamma, lam = ragged(), 0.7, 0.9

@@ -149,6 +149,7 @@ def test_the_best_model_on_validation_profiles_is_kept_scored_and_ends_the_run(
         (["--model", "/no/such/folder"], "--model /no/such/folder"),
         (["--batch", "5"], "--batch 5 must be a multiple of --group 2"),
         (["--steps", "0"], "--steps: must be at least 1"),
+        (["--train-layers", "0"], "--train-layers: must be at least 1"),
         (["--lr", "-1"], "--lr: must be greater than 0"),
         (["--eval-temperature", "-1"], "--eval-temperature: must not be negative"),
         (["--gamma", "2"], "--gamma: must lie in [0, 1]"),

@@ -104,10 +104,11 @@ def test_slots_by_default_are_as_many_as_the_free_memory_holds(monkeypatch):
     assert slots_with_room(tiny_model(), columns) > 10**6, "a CPU bounds nothing"
 
 
-def test_a_model_whose_rotary_frequencies_depend_on_others_is_refused():
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_model_whose_rotary_frequencies_depend_on_others_is_refused(kind):
     model = tiny_model()
-    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    with pytest.raises(ModelError, match="rope type dynamic"):
+    model.config.rope_parameters = {"rope_type": kind, "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(ModelError, match="longest dialogue"):
         Slots(model, 1, 8)
 
 

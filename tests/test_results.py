@@ -6,6 +6,8 @@ from statistics import mean, stdev
 import pytest
 from conftest import ROOT
 
+from extras import figures
+
 STAGES = {"base": "SmolLM2-135M", "before": "after the cold start", "after": "after reinforcement learning"}
 
 
@@ -50,9 +52,19 @@ def test_the_gains_are_theirs(runs, readme):
     assert row("gain over the cold start", [gain_of(run) for run in runs], gains, "+.1f") in readme
 
 
-def test_what_is_said_of_ppo_is_its(readme):
-    (run,) = stored("ppo?_bfloat16.json")
-    assert f"PPO, seed 0, ends at {score_of(run['after'])}, {gain_of(run)} over the cold start" in readme
+def test_the_scores_and_gains_with_ppo_are_theirs(runs, readme):
+    others = stored("ppo?_bfloat16.json")
+    blank = [""] * (len(runs) - len(others))
+    scores, gains = [run["after"]["score"] for run in others], [run["after - before"]["difference"] for run in others]
+    rows = [
+        row("after PPO instead (`--algo ppo`)", [score_of(run["after"]) for run in others] + blank, scores),
+        row("its gain over the cold start", [gain_of(run) for run in others] + blank, gains, "+.1f"),
+    ]
+    assert all(" ".join(words.split()) in readme for words in rows)
+
+
+def test_the_table_of_all_runs_is_that_of_the_stored_ones():
+    assert f"\n{figures.table()}\n" in (ROOT / "results" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

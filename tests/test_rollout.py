@@ -442,3 +442,12 @@ def test_chat_takes_templates_without_a_system_role(tokenizer):
         tokenizer.chat_template
     )
     assert "Be kind." in other.decode(Chat(other, "Be kind.").opening("hello"))
+
+
+def test_chat_refuses_a_template_whose_replies_end_with_no_special_token(tokenizer):
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = tokenizer.chat_template.replace("<|im_end|>", " <|im_end|>")
+    with pytest.raises(ModelError, match="does not end a reply with a special token"):
+        Chat(other, "Be kind.")
