@@ -53,6 +53,18 @@ def slots_with_room(model, columns: int) -> int:
     return max(1, int(0.9 * free / (columns * bytes_per_token(model.config, head.dtype))))
 
 
+def check_attention(config) -> None:
+    """Raise ModelError for a model whose attention slots cannot hold."""
+    windowed = ["sliding_attention"] if getattr(config, "sliding_window", None) else []
+    other = set(getattr(config, "layer_types", None) or windowed) - {"full_attention"}
+    if other:
+        other = ", ".join(other)
+        raise ModelError(f"{config.name_or_path}: has layers of {other}; only full attention is supported")
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope"):
+        problem = "its rotary frequencies change with the longest dialogue, which would move all others"
+        raise ModelError(f"{config.name_or_path}: {problem}")
+
+
 class Slots(Cache):
     """The KV cache of many dialogues: one slot each, with its own length, so that nobody waits for a longer one.
 
@@ -63,14 +75,7 @@ class Slots(Cache):
         super().__init__(layers=[])
         config, head = model.config, model.get_output_embeddings().weight
         self.device, self.dtype = head.device, head.dtype
-        windowed = ["sliding_attention"] if getattr(config, "sliding_window", None) else []
-        other = set(getattr(config, "layer_types", None) or windowed) - {"full_attention"}
-        if other:
-            other = ", ".join(other)
-            raise ModelError(f"{config.name_or_path}: has layers of {other}; only full attention is supported")
-        if (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope"):
-            problem = "its rotary frequencies change with the longest dialogue, which would move all others"
-            raise ModelError(f"{config.name_or_path}: {problem}")
+        check_attention(config)
         self.backend = products if eager else backend_for(self.device, self.dtype)
         self.shape = config.num_hidden_layers, slots, *key_shape(config)
         self.keys = self.values = torch.empty(0)

@@ -172,6 +172,15 @@ def test_errors_are_one_line_with_status_2(tiny_folder, tmp_path, capsys, flags,
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
+def test_a_model_that_slots_cannot_hold_is_refused_before_anything_is_written(tiny_folder, tmp_path, capsys):
+    other = shutil.copytree(tiny_folder, tmp_path / "model")
+    config = json.loads((other / "config.json").read_text())
+    config["layer_types"] = ["full_attention", "sliding_attention", "full_attention"]
+    (other / "config.json").write_text(json.dumps(config))
+    assert run(other, tmp_path / "out") == 2 and not (tmp_path / "out").exists()
+    assert "model: has layers of sliding_attention; only full attention is supported" in capsys.readouterr().err
+
+
 def test_the_disk_must_hold_the_checkpoints(tiny_folder, tmp_path, monkeypatch, capsys):
     """The new one beside the old one; what a run already has there counts, because it will be replaced."""
     monkeypatch.setattr("extras.plan.shutil.disk_usage", lambda folder: SimpleNamespace(free=0.9e9))
