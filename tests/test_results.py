@@ -30,7 +30,8 @@ def readme():
 
 def row(title: str, cells: list[str], values: list[float], form: str = ".1f") -> str:
     """One cell per seed, then mean and standard deviation over seeds."""
-    return f"| {title} | {' | '.join(cells)} | {mean(values):{form}}, {stdev(values):.1f} |"
+    spread = f", {stdev(values):.1f}" if len(values) > 1 else ""
+    return f"| {title} | {' | '.join(cells)} | {mean(values):{form}}{spread} |"
 
 
 def score_of(result: dict) -> str:
