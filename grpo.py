@@ -83,7 +83,8 @@ def importance(old_log_probs_n, sampler_log_probs_n, cap: float):
 def kl_loss(log_probs_n, ref_log_probs_n, ratio_n):
     """ratio * k3 with k3 = exp(x) - 1 - x >= 0 and x = ref - pi: its mean is KL(pi || ref), its gradient -ratio * x the KL's.
 
-    Nothing is bounded: exp(x), huge for a token that the policy has all but given up, cancels in the gradient."""
+    Nothing is bounded: exp(x), huge for a token that the policy has all but given up, cancels in the gradient (in float32 up to x
+    of about 15), though not in the value, which one such token can dominate."""
     log_ratio_n = ref_log_probs_n - log_probs_n
     return ratio_n * (log_ratio_n.exp() - 1 - log_ratio_n)
 

@@ -64,8 +64,9 @@ LONGEST = 90  # words of a reply
 # --- 2. Guards --------------------------------------------------------------------------------------------------------
 
 SCORING = re.compile(
-    r"<\||\|>|</?s>|\[/?inst\]|</?think|\b(set|raise|increase|change|update)\s+((my|your|the)\s+)?emotion\b|"
-    r"\bemotion\b\s*(score|value|level|point|state|=|:|to\s+\d)|\bchange\s*[:=]\s*[+-]?\d|\bignore\b.{0,25}\b(rules?|instructions?|prompt)",
+    r"<\||\|>|</?s>|\[/?inst\]|</?think|\b(set|raise|increase|change|update|put)\s+([\w'’]+\s+){0,3}emotions?\s*(to|by|at|=|:)\W*\d|"
+    r"\bset\s+((my|your|the)\s+)?emotion\b|\bemotion\s*(score|value|level|state)\b|\bemotion\s*(=|:|to)\W*\d|\bchange\s*[:=]\W*\d|"
+    r"\bignore\b.{0,25}\b(rules?|instructions?|prompt)",
     re.I,
 )
 

@@ -1,7 +1,7 @@
 """The table and the figures of results/, from the runs that are stored there: `python -m extras.figures`.
 
 A run is results/laptop/NAME.json (its result.json, before that its command, dtype, machine and seconds) and NAME_metrics.jsonl (its
-metrics.jsonl). Runs whose commands differ by --seed alone are one configuration.
+metrics.jsonl). Runs of one dtype whose commands differ by --seed alone are one configuration.
 """
 
 import json
@@ -20,8 +20,8 @@ PANELS = {
     "entropy": "entropy, nats/token",
 }
 FIGURES = {  # name: the commands that it compares
-    "learning": ("python train.py", "python train.py --algo ppo"),
-    "thinking": ("python train.py", "python train.py --think"),
+    "learning": ("python train.py (bfloat16)", "python train.py --algo ppo (bfloat16)"),
+    "thinking": ("python train.py (bfloat16)", "python train.py --think (bfloat16)"),
 }
 LINES = "-", "--"  # readable in grey
 COLUMNS = {  # of the table: what it holds of one seed's result
@@ -32,30 +32,30 @@ COLUMNS = {  # of the table: what it holds of one seed's result
     "right act, once hinted, %": lambda run: run["after"]["found_out"]["serves_after_hint"],
     "words of a thought": lambda run: run["after"]["thinking_words_per_reply"],
     "of a reply": lambda run: run["after"]["words_per_reply"],
-    "broken formats, %": lambda run: run["after"].get("broken_formats", 0.0),  # without --think there is none to break
+    "broken formats, %": lambda run: run["after"]["broken_formats"],
 }
 
 
 def configurations() -> dict[str, list[tuple[dict, list[dict]]]]:
-    """{command without its seed: [(result, metrics of each step), one per seed]}"""
+    """{command without its seed (dtype): [(result, metrics of each step), one per seed]}"""
     found = defaultdict(list)
     for file in sorted(LAPTOP.glob("*_metrics.jsonl")):
         result = json.loads(file.with_name(file.name.replace("_metrics.jsonl", ".json")).read_text(encoding="utf-8"))
         metrics = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        found[re.sub(r" --seed \d+", "", result["command"])].append((result, metrics))
+        found[f"{re.sub(' --seed [0-9]+', '', result['command'])} ({result['dtype']})"].append((result, metrics))
     return found
 
 
 def table() -> str:
     """A line per configuration: the mean over its seeds, then their standard deviation; of the gain the smallest, too."""
-    lines = [f"| command, dtype | seeds | {' | '.join(COLUMNS)} | smallest gain |", "|---" * (len(COLUMNS) + 3) + "|"]
+    lines = [f"| command | seeds | {' | '.join(COLUMNS)} | smallest gain |", "|---" * (len(COLUMNS) + 3) + "|"]
     for command, runs in configurations().items():
         results, cells = [result for result, _ in runs], []
         for of in COLUMNS.values():
             values = [of(result) for result in results]
             cells.append(f"{mean(values):.1f}" + (f", {stdev(values):.1f}" if len(values) > 1 else ""))
         cells.append(f"{min(result['after - before']['difference'] for result in results):.1f}")
-        lines.append(f"| `{command}`, {results[0]['dtype']} | {len(runs)} | {' | '.join(cells)} |")
+        lines.append(f"| {command} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

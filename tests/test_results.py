@@ -78,3 +78,18 @@ def test_the_table_of_all_runs_is_that_of_the_stored_ones():
 )
 def test_what_else_the_table_says_is_theirs(title, of, runs, readme):
     assert row(title, [f"{of(run):.1f}" for run in runs], [of(run) for run in runs]) in readme
+
+
+def test_a_line_holds_the_seeds_of_one_command_and_dtype(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "LAPTOP", tmp_path)
+    for name, dtype, seed, gain in (("a", "bfloat16", 0, 10.0), ("b", "bfloat16", 1, 14.0), ("c", "float32", 0, 5.0)):
+        after = dict(score=40 + gain, success=1.0, failure=2.0, found_out={"serves_after_hint": 50.0})
+        after |= dict(thinking_words_per_reply=3.0, words_per_reply=9.0, broken_formats=4.0)
+        run = dict(command=f"train --seed {seed} --think", dtype=dtype, after=after)
+        (tmp_path / f"{name}.json").write_text(json.dumps(run | {"after - before": {"difference": gain}}))
+        (tmp_path / f"{name}_metrics.jsonl").write_text('{"kl": 0.1}\n')
+    same = "1.0, 0.0 | 2.0, 0.0 | 50.0, 0.0 | 3.0, 0.0 | 9.0, 0.0 | 4.0, 0.0"
+    assert figures.table().splitlines()[2:] == [
+        f"| train --think (bfloat16) | 2 | 52.0, 2.8 | 12.0, 2.8 | {same} | 10.0 |",
+        "| train --think (float32) | 1 | 45.0 | 5.0 | 1.0 | 2.0 | 50.0 | 3.0 | 9.0 | 4.0 | 5.0 |",
+    ]
