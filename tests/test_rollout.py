@@ -1,5 +1,6 @@
 """Rollouts: exact ids, the loss mask, think mode, seeds, and who answers whom."""
 
+import copy
 import random
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -435,8 +436,6 @@ def test_a_token_that_cannot_come_is_never_drawn(uniform):
 
 
 def test_chat_takes_templates_without_a_system_role(tokenizer):
-    import copy
-
     other = copy.deepcopy(tokenizer)
     other.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + (
         tokenizer.chat_template
@@ -445,8 +444,6 @@ def test_chat_takes_templates_without_a_system_role(tokenizer):
 
 
 def test_chat_refuses_a_template_whose_replies_end_with_no_special_token(tokenizer):
-    import copy
-
     other = copy.deepcopy(tokenizer)
     other.chat_template = tokenizer.chat_template.replace("<|im_end|>", " <|im_end|>")
     with pytest.raises(ModelError, match="does not end a reply with a special token"):
