@@ -48,22 +48,25 @@ def clip_gradients(module, most: float) -> float:
 
 def micro_batches(batch, max_tokens: int, group_size: int = 1) -> list[tuple[list[int], float]]:
     """(dialogues, weight) in micro-batches of at most `max_tokens` tokens; the longest first, so that memory runs out at once or
-    never. With groups of dialogues that begin alike, a micro-batch holds dialogues of one group, whose opening is computed once;
-    then the longest of a group come first, and groups in order. Sharded ranks must make the same number of passes: one that has
-    fewer adds some of weight 0."""
-    group_of = lambda dialogue: dialogue // group_size if group_size > 1 else 0
-    groups, tokens = [], 0
-    for dialogue, size in sorted(batch.sizes.items(), key=lambda item: (group_of(item[0]), -item[1])):
-        tokens += size
-        if not groups or tokens > max_tokens or group_of(dialogue) != group_of(groups[-1][0]):
-            groups.append([])
-            tokens = size
-        groups[-1].append(dialogue)
-    weighted = [(group, 1.0) for group in groups]
+    never. Dialogues of a group begin alike, which is computed once: a group stays whole where it fits. Sharded ranks must make
+    the same number of passes: one that has fewer adds some of weight 0."""
+    tokens = lambda dialogues: len(batch.merge(tuple(dialogues))[0])
+    groups, pieces, micros, room = {}, [], [], 0
+    for dialogue in batch.sizes:
+        groups.setdefault(dialogue // group_size, []).append(dialogue)
+    for group in groups.values():
+        pieces += [group] if tokens(group) <= max_tokens else [[dialogue] for dialogue in group]
+    for piece in sorted(pieces, key=tokens, reverse=True):
+        if tokens(piece) > room:
+            micros.append([])
+            room = max_tokens
+        micros[-1] += piece
+        room -= tokens(piece)
+    weighted = [(micro, 1.0) for micro in micros]
     if world_size() > 1:
-        count = torch.tensor(len(groups), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        count = torch.tensor(len(micros), device="cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(count, dist.ReduceOp.MAX)
-        weighted += [(groups[-1][-1:], 0.0)] * (int(count) - len(groups))
+        weighted += [(micros[-1][-1:], 0.0)] * (int(count) - len(micros))
     return weighted
 
 

@@ -123,7 +123,9 @@ def update(policy, reference, optimizer, batch, advantages_N, args) -> dict:
                 kl_n = kl_loss(log_probs_n, ref_log_probs_n, ratio_n)
                 loss_n = loss_n + args.kl * kl_n
                 sums["kl"] += weight * kl_n.sum().item()
-            (weight * scale * (loss_n - args.entropy * entropy_n).sum()).backward()
+            if args.entropy:
+                loss_n = loss_n - args.entropy * entropy_n
+            (weight * scale * loss_n.sum()).backward()
 
             more = token_diagnostics(batch, index_n, ratio_n, entropy_n, old_log_probs_n, args.clip)
             sums |= {name: sums[name] + weight * value for name, value in more.items()}

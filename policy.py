@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import logging as hf_logging
 
 from distributed import world_size
-from prefix_tree import Sequences, common_prefix, pack, tree_mask
+from prefix_tree import Sequences, common_prefix, tree_mask
 
 # From transformers 5.24 on the argument has another name, which 5.17 does not know.
 warnings.filterwarnings("ignore", message=".*past_key_values.*deprecated")
@@ -227,26 +227,19 @@ def sampled_hidden(model, batch: Sequences, members: list[int], dtype: torch.dty
     """Final hidden states that predict the tokens of some dialogues: ((n, D), indices into N (n,)).
 
     A row of the pass is one tree. With FlexAttention, whose mask knows which blocks are empty, all dialogues are merged into
-    one row. A dense mask costs by its width, so there rows are as wide as the largest dialogue, and short ones share a row, as
-    does a group that shares a long history. What all rows begin with is computed once, and its keys and values are expanded to
-    all of them, through which the gradient flows back. (With activation checkpointing or several ranks each row computes it for itself.)
+    one row. A dense mask costs by its width, so there they are laid out in several (`Sequences.lay_out`). What all rows begin with
+    is computed once, and its keys and values are expanded to all of them, through which the gradient flows back. (With activation
+    checkpointing or several ranks each row computes it for itself.)
     """
     device = next(model.parameters()).device
     flex = model.base_model.config._attn_implementation == "flex_attention"
-    if flex:
-        rows = [members]
-    else:
-        alone = [batch.merge((dialogue,))[0] for dialogue in members]
-        head = common_prefix([tree.ids for tree in alone])
-        rows = [[members[k] for k in row] for row in pack([len(tree) - head for tree in alone])]
-        if len(batch.merge(tuple(members))[0]) < sum(map(len, alone)) / 2:
-            rows = [members]  # a group that shares its history
+    rows = [members] if flex else batch.lay_out(members)
     trees, places, indices = zip(*(batch.merge(tuple(row)) for row in rows))
     row_n = torch.cat([torch.full_like(place, row) for row, place in enumerate(places)])
     place_n, index_n = torch.cat(places), torch.cat(indices)
     shared = min(common_prefix([tree.ids for tree in trees]), *(tree.trunk for tree in trees), int(place_n.min()))
     # Activation checkpointing and sharding know one pass through a layer, not two.
-    if flex or model.base_model.layers[0].training or world_size() > 1:
+    if len(rows) == 1 or model.base_model.layers[0].training or world_size() > 1:
         shared = 0
     width = max(map(len, trees)) - shared
     width += -width % 128 if flex else 0  # whole blocks

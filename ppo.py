@@ -128,7 +128,9 @@ def update(policy, reference, critic, optimizer, critic_optimizer, batch, args) 
             loss_n, ratio_n = policy_loss(log_probs_n, old_log_probs_n, advantages_N[index_n], args.clip)
             loss_n = loss_n * importance(old_log_probs_n, sampler_log_probs_N[index_n], args.importance_cap)
             sums["policy_loss"] += weight * loss_n.sum().item()
-            (weight * scale * (loss_n - args.entropy * entropy_n).sum()).backward()
+            if args.entropy:
+                loss_n = loss_n - args.entropy * entropy_n
+            (weight * scale * loss_n.sum()).backward()
 
             values_n, index_n = critic(batch, members)
             critic_loss_n = value_loss(values_n, old_values_N[index_n], returns_N[index_n], args.value_clip)

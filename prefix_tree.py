@@ -93,6 +93,21 @@ class Sequences:
             self._merged[dialogues] = tree, torch.tensor([path_of[row][column - 1] for row, column in pairs]), index_n
         return self._merged[dialogues]
 
+    def lay_out(self, members: list[int]) -> list[list[int]]:
+        """The dialogues of each row of a pass with a dense mask, which costs by its width. One that shares most of its tokens with
+        those before it, as a group its history, joins their tree; rows are as wide as the largest tree, short ones share one."""
+        tokens = lambda dialogues: len(self.merge(tuple(dialogues))[0])
+        trees = []
+        for dialogue in members:
+            if trees and tokens([*trees[-1], dialogue]) < tokens(trees[-1]) + tokens([dialogue]) / 2:
+                trees[-1].append(dialogue)
+            else:
+                trees.append([dialogue])
+        head = common_prefix([self.merge((dialogue,))[0].ids for dialogue in members])
+        return [
+            [dialogue for k in row for dialogue in trees[k]] for row in pack([tokens(tree) - head for tree in trees])
+        ]
+
 
 def pack(sizes: list[int]) -> list[list[int]]:
     """Lay pieces side by side into rows as wide as the largest. pack([5, 3, 2]) -> [[0], [1, 2]]"""

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 train.py --algo ppo --think      sharded over 8 GPUs
 
 Presets
-    laptop  no CUDA: SmolLM2-135M, a cold start on written replies, GRPO, `delta` rewards, only the upper layers trained
+    laptop  no CUDA: SmolLM2-135M, a cold start on written replies, PPO, `delta` rewards, only the upper layers trained
     paper   CUDA: Qwen2.5-7B-Instruct, PPO, the paper's settings (arXiv 2507.03112, section 3 and its script); the user is
             prompted, and played by the frozen initial policy unless --simulator names a server
 
@@ -40,7 +40,6 @@ DATA = Path(__file__).parent / "data"
 PRESETS = ("laptop", "paper")
 LAPTOP_TOKENS = 24, 48  # --max-new-tokens without --think and with it; also of evaluate.py
 SETTINGS = {  # flag: its default per preset
-    "algo": ("grpo", "ppo"),
     "simulator": ("offline", "self"),
     "model": (SMOLLM2, "Qwen/Qwen2.5-7B-Instruct"),
     "cold_start": ("exchanges", "none"),
@@ -63,7 +62,7 @@ SETTINGS = {  # flag: its default per preset
     "entropy": (0.0, 0.001),
     "train_layers": (20, None),
     "checkpointing": (False, True),
-    "micro_tokens": (4000, 16384),
+    "micro_tokens": (1500, 16384),
     "save_every": (10, 50),
 }
 
@@ -107,7 +106,7 @@ def add_dialogue_flags(parser) -> None:
 
 def add_algorithm_flags(parser) -> None:
     add = parser.add_argument_group("algorithm").add_argument
-    add("--algo", choices=("ppo", "grpo"))
+    add("--algo", choices=("ppo", "grpo"), default="ppo")
     add("--steps", type=positive_int, help="updates")
     add("--batch", type=positive_int, help="dialogues per update")
     add("--group", type=positive_int, help="dialogues per profile (PPO: only with --reward delta --gamma 0, else 1)")

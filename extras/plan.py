@@ -21,9 +21,13 @@ def update_memory(args, model, gpus: int, dtype: torch.dtype) -> dict[str, float
     """Bytes per device that an update needs beside weights, gradients and moments, at the longest possible micro-batch."""
     config, ranks, layers = model.config, max(1, gpus), model.config.num_hidden_layers
     head, width, token = HEAD_TOKENS, dtype.itemsize, bytes_per_token(config, dtype)
-    replies = 1 + (args.together > 1)  # in a turn: its own, and the one from which the history goes on
-    columns = head + args.turns * (replies * args.max_new_tokens + 45)  # of a dialogue
-    together = max(1, args.micro_tokens // columns)  # dialogues in a forward pass
+    tree_with = lambda replies: (
+        head + args.turns * (replies * args.max_new_tokens + 45)
+    )  # tokens, so many replies a turn
+    # A group that shares its history is one tree where it fits; alone a dialogue also has those replies from which it went on.
+    whole = tree_with(args.together) <= args.micro_tokens
+    columns = tree_with(args.together if whole else min(2, args.together))
+    together = max(1, args.micro_tokens // columns)  # trees in a forward pass
     shared = 0 if args.checkpointing or ranks > 1 else head  # computed once for all of them
     tokens = shared + together * (columns - shared)
     # Numbers that a layer keeps of each token for its backward pass; with checkpointing that one does which is at work, the
@@ -37,7 +41,7 @@ def update_memory(args, model, gpus: int, dtype: torch.dtype) -> dict[str, float
     if not gpus or args.eager:
         activations += 4 * together * columns**2  # a dense mask
     # Float32, four times: logits, log-probs, probabilities, gradient.
-    sampled = together * args.turns * args.max_new_tokens
+    sampled = together * (args.together if whole else 1) * args.turns * args.max_new_tokens
     logits = 16 * min(sampled, LOGITS_AT_ONCE) * config.vocab_size
     ends = count(model) - count(model.base_model.layers)  # embedding, head, last norm
     two_layers = 2 * count(model.base_model.layers) / layers

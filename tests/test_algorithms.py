@@ -167,6 +167,43 @@ def test_packed_trees_do_not_see_each_other():
     assert_equal_to_single_sequences(model, batch, 1000, atol=1e-4)
 
 
+def sharing(groups=2, together=3, turns=4):
+    """Groups whose dialogues reply to one history, which goes on from the first one's replies."""
+    rng = torch.Generator().manual_seed(5)
+    ids = lambda n: torch.randint(3, 250, (n,), generator=rng).tolist()
+    opening, said = ids(5), {}
+    for first in range(0, groups * together, together):
+        history = opening + ids(2 + first)
+        for t in range(turns):
+            for d in range(first, first + together):
+                said[d, t] = history, ids(2 + (d + t) % 3)
+            history = history + said[first, t][1] + ids(4)
+    sequences, rows = [], []
+    for (d, t), (history, reply) in sorted(said.items()):
+        rows += [(len(sequences), len(history) + k, d, token, t, 0.0, 0.1 * k) for k, token in enumerate(reply)]
+        sequences.append(history + reply)
+    return Batch(sequences, *(torch.tensor(column) for column in zip(*rows)))
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 80, 1000])
+def test_a_group_that_shares_its_history_is_one_tree(micro_tokens):
+    """Two groups are two rows behind what all begin with; one group is one row, in a single pass."""
+    model, batch, passes = tiny_model(), sharing(), []
+    assert_equal_to_single_sequences(model, batch, micro_tokens, atol=1e-5)
+    assert sorted(batch.lay_out([0, 1, 2, 3, 4, 5])) == [[0, 1, 2], [3, 4, 5]]
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(list(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    sampled_hidden(model, batch, [0, 1, 2, 3, 4, 5], torch.float32)
+    opening, width = 5, max(len(batch.merge(group)[0]) for group in ((0, 1, 2), (3, 4, 5)))
+    assert passes == [[1, opening], [2, width - opening]]
+    passes.clear()
+    sampled_hidden(model, batch, [0, 1, 2], torch.float32)
+    assert passes == [[1, len(batch.merge((0, 1, 2))[0])]] and passes[0][1] < 0.5 * sum(
+        batch.sizes[d] for d in range(3)
+    )
+
+
 def test_work_is_dealt_evenly_and_a_part_is_the_batch_of_some_dialogues():
     assert deal([5, 3, 2, 4], 2) == [[0, 2], [3, 1]] and deal([0, 0, 7], 2) == [[2], [0, 1]]
     batch = ragged()
@@ -179,13 +216,17 @@ def test_work_is_dealt_evenly_and_a_part_is_the_batch_of_some_dialogues():
 
 def test_micro_batches_cover_everything_and_start_with_the_longest():
     batch = ragged()
-    groups = [members for members, _ in micro_batches(batch, 40)]
-    assert sorted(row for group in groups for row in group) == [0, 1, 2, 3]
+    micros = [members for members, _ in micro_batches(batch, 40)]
+    assert sorted(row for micro in micros for row in micro) == [0, 1, 2, 3]
     longest = max(range(4), key=batch.sizes.get)
-    assert longest in groups[0]
-    assert [sorted(members) for members, _ in micro_batches(batch, 10_000, 2)] == [[0, 1], [2, 3]], "one group each"
-    uneven = make([[1], [6], [2], [9]], [[0.5]] * 4)
-    assert [members for members, _ in micro_batches(uneven, 10_000, 2)] == [[1, 0], [3, 2]], "the longest first"
+    assert longest in micros[0]
+    groups = make([[1], [6], [2], [9], [1], [1]], [[0.5]] * 6)
+    tokens = {group: len(groups.merge(group)[0]) for group in ((0, 1), (2, 3), (4, 5))}
+    assert [members for members, _ in micro_batches(groups, 10_000, 2)] == [[2, 3, 0, 1, 4, 5]], "the longest first"
+    most = tokens[2, 3] + tokens[0, 1]
+    assert [members for members, _ in micro_batches(groups, most, 2)] == [[2, 3, 0, 1], [4, 5]], "groups stay whole"
+    torn = [members for members, _ in micro_batches(groups, tokens[2, 3] - 1, 2)]
+    assert [0, 1] in torn and not any({2, 3} <= set(members) for members in torn), "but for those that do not fit"
     many = make([[3]] * 12, [[0.5]] * 12)
     for limit in (40, 48):
         at_once = limit // max(many.sizes.values())
