@@ -47,21 +47,22 @@ def clip_gradients(module, most: float) -> float:
 
 
 def micro_batches(batch, max_tokens: int, group_size: int = 1) -> list[tuple[list[int], float]]:
-    """(dialogues, weight) in micro-batches of at most `max_tokens` tokens; the longest first, so that memory runs out at once or
-    never. Dialogues of a group begin alike, which is computed once: a group stays whole where it fits. Sharded ranks must make
-    the same number of passes: one that has fewer adds some of weight 0."""
-    tokens = lambda dialogues: len(batch.merge(tuple(dialogues))[0])
-    groups, pieces, micros, room = {}, [], [], 0
-    for dialogue in batch.sizes:
-        groups.setdefault(dialogue // group_size, []).append(dialogue)
-    for group in groups.values():
-        pieces += [group] if tokens(group) <= max_tokens else [[dialogue] for dialogue in group]
-    for piece in sorted(pieces, key=tokens, reverse=True):
-        if tokens(piece) > room:
+    """(dialogues, weight) in micro-batches of at most `max_tokens` tokens, what a group begins with counted once; the longest first,
+    so that memory soon runs out or never does. A group, which shares much, is kept together as far as it fits. Sharded ranks must
+    make the same number of passes: one that has fewer adds some of weight 0."""
+    pieces, micros, room = [], [], 0
+    for dialogue in sorted(batch.sizes):
+        of_a_group = pieces and pieces[-1][0] // group_size == dialogue // group_size
+        if of_a_group and batch.size([*pieces[-1], dialogue]) <= max_tokens:
+            pieces[-1].append(dialogue)
+        else:
+            pieces.append([dialogue])
+    for piece in sorted(pieces, key=batch.size, reverse=True):
+        if batch.size(piece) > room:
             micros.append([])
             room = max_tokens
         micros[-1] += piece
-        room -= tokens(piece)
+        room -= batch.size(piece)
     weighted = [(micro, 1.0) for micro in micros]
     if world_size() > 1:
         count = torch.tensor(len(micros), device="cuda" if dist.get_backend() == "nccl" else "cpu")

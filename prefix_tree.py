@@ -72,7 +72,11 @@ class Sequences:
     @cached_property
     def sizes(self) -> dict[int, int]:
         """Tokens of each dialogue, its sequences merged."""
-        return {dialogue: len(self.merge((dialogue,))[0]) for dialogue in self._rows}
+        return {dialogue: self.size([dialogue]) for dialogue in self._rows}
+
+    def size(self, dialogues: list[int]) -> int:
+        """Tokens of some dialogues, merged where they begin alike."""
+        return len(self.merge(tuple(dialogues))[0])
 
     @cached_property
     def _merged(self) -> dict:
@@ -95,18 +99,16 @@ class Sequences:
 
     def lay_out(self, members: list[int]) -> list[list[int]]:
         """The dialogues of each row of a pass with a dense mask, which costs by its width. One that shares most of its tokens with
-        those before it, as a group its history, joins their tree; rows are as wide as the largest tree, short ones share one."""
-        tokens = lambda dialogues: len(self.merge(tuple(dialogues))[0])
+        its neighbours, as in a group with one history, joins their tree; rows are as wide as the largest tree, short ones share one."""
         trees = []
         for dialogue in members:
-            if trees and tokens([*trees[-1], dialogue]) < tokens(trees[-1]) + tokens([dialogue]) / 2:
+            if trees and self.size([*trees[-1], dialogue]) < self.size(trees[-1]) + self.sizes[dialogue] / 2:
                 trees[-1].append(dialogue)
             else:
                 trees.append([dialogue])
         head = common_prefix([self.merge((dialogue,))[0].ids for dialogue in members])
-        return [
-            [dialogue for k in row for dialogue in trees[k]] for row in pack([tokens(tree) - head for tree in trees])
-        ]
+        rows = pack([self.size(tree) - head for tree in trees])
+        return [[dialogue for tree in row for dialogue in trees[tree]] for row in rows]
 
 
 def pack(sizes: list[int]) -> list[list[int]]:

@@ -13,9 +13,9 @@ Deliberate deviation from the paper, both presets: policy and critic share --war
 
 Deliberate deviations from the paper, laptop preset only
     - `delta` rewards without discount over turns (gamma 0): each reply is credited with the emotion change that it caused
-      itself. With 24 steps there is no time to find out which of several replies earned a final emotion. And so each reply is best
-      compared with others to the same message: a group shares its history (`rollout(together=...)`).
-    - Advantages are not divided by the group's standard deviation: where all replies miss, what differs is noise.
+      itself. With 24 steps there is no time to find out which of several replies earned a final emotion. And so a group can share
+      its history, which is computed once (`rollout(together=...)`): GRPO compares replies to the same message.
+    - GRPO's advantages are not divided by the group's standard deviation: where all replies miss, what differs is noise.
     - A KL to the model after the cold start: without it the score rises further, and the replies make less sense, which the reader
       does not see (results/laptop/choices).
     - Sampling at temperature 0.7: at temperature 1 a 135M model writes noise. All log-probs are of that same policy.
@@ -175,7 +175,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     for name, defaults in SETTINGS.items():
         if getattr(args, name) is None:
             setattr(args, name, defaults[PRESETS.index(args.preset)])
-    # Replies that are credited with nothing later are best compared with others to the same message.
+    # Replies that are credited with nothing later can share their history.
     args.together = args.group if (args.reward, args.gamma) == ("delta", 0.0) else 1
     if args.algo == "ppo":
         args.group = args.together  # a critic needs no group, but what a group shares is computed once

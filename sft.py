@@ -31,6 +31,7 @@ from simulator import HINTS, RLVER, Appraisal, Profile, Reaction, User, with_eve
 
 EPOCHS, REPLIES_A_STEP, LEARNING_RATE = 1, 8, 4e-4
 STORY_TOKENS = 128  # of a story, from its beginning
+STRANGERS = 8  # persons to tell the loss on
 HINTED = 0.8  # share of replies before which the person hints at what the reply then does
 
 
@@ -119,7 +120,7 @@ def cold_start(
     strangers: list[Profile],
 ) -> Path:  # fmt: skip
     """The folder of the model after supervised learning of its upper `layers` on what was written for `profiles`; made at most
-    once for the same data, code, model, device and dtype. `strangers` are persons to tell the loss on."""
+    once for the same data, code, model, device and dtype. The loss is told on the first STRANGERS of `strangers`."""
     here = Path(__file__).parent
     parts = [
         EXCHANGES.read_bytes(),
@@ -137,11 +138,13 @@ def cold_start(
     loaded, tokenizer = load_model(model, device)
     train_upper_layers(loaded, layers)
     chat, policy = Chat(tokenizer, instructions(think)), Policy(loaded, dtype=dtype)
-    written, held_out = written_dialogues(profiles, chat, think), written_dialogues(strangers, chat, think)
+    written, held_out = (written_dialogues(persons, chat, think) for persons in (profiles, strangers[:STRANGERS]))
     if not written or not held_out:
         raise ValueError("--cold-start: nothing was written for these profiles; use --cold-start none")
     before = loss_on(policy, held_out)
     train_on(policy, written, stories([d.user.profile for d in written], chat))
     save_model(loaded, tokenizer, folder)
-    write_whole(folder / "loss.json", json.dumps({"before": before, "after": loss_on(policy, held_out)}))
+    after = loss_on(policy, held_out)
+    write_whole(folder / "loss.json", json.dumps({"before": before, "after": after}))
+    print(f"cold start: {before:.2f} -> {after:.2f} nats per token of what was written for persons held out")
     return folder

@@ -10,6 +10,7 @@ from generator import bytes_per_token, check_attention, columns_for
 from policy import LOGITS_AT_ONCE, compute_dtype, load_config, train_upper_layers
 
 HEAD_TOKENS = 40  # before a dialogue
+PADDED = 1.5  # a dense pass over several rows beside its tokens, about: they are as wide as the widest
 USER_TOKENS = 4096  # of one question to a user played in this process: rules, person, conversation
 
 
@@ -17,19 +18,24 @@ def count(module, trained=False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
+def dialogue_tokens(args) -> int:
+    """Of one dialogue at most: its own replies and, where a group shares its history, those from which that goes on."""
+    return HEAD_TOKENS + args.turns * (min(2, args.together) * args.max_new_tokens + 45)
+
+
 def update_memory(args, model, gpus: int, dtype: torch.dtype) -> dict[str, float]:
     """Bytes per device that an update needs beside weights, gradients and moments, at the longest possible micro-batch."""
     config, ranks, layers = model.config, max(1, gpus), model.config.num_hidden_layers
     head, width, token = HEAD_TOKENS, dtype.itemsize, bytes_per_token(config, dtype)
-    tree_with = lambda replies: (
-        head + args.turns * (replies * args.max_new_tokens + 45)
-    )  # tokens, so many replies a turn
-    # A group that shares its history is one tree where it fits; alone a dialogue also has those replies from which it went on.
-    whole = tree_with(args.together) <= args.micro_tokens
-    columns = tree_with(args.together if whole else min(2, args.together))
-    together = max(1, args.micro_tokens // columns)  # trees in a forward pass
-    shared = 0 if args.checkpointing or ranks > 1 else head  # computed once for all of them
-    tokens = shared + together * (columns - shared)
+    dense = not gpus or args.eager
+    tokens = max(args.micro_tokens, dialogue_tokens(args))  # of a micro-batch
+    replies = args.together * args.max_new_tokens  # in a turn, where a group shares its history
+    columns = min(tokens, head + args.turns * (replies + 45))  # of a row
+    sampled = tokens * replies // (replies + 45)
+    rows = tokens / columns
+    if dense and rows > 1:
+        tokens *= PADDED
+    shared = 0 if args.checkpointing or ranks > 1 else head  # computed once for all rows
     # Numbers that a layer keeps of each token for its backward pass; with checkpointing that one does which is at work, the
     # others keep their input.
     per_token = 12 * config.hidden_size + 4 * config.intermediate_size
@@ -37,11 +43,10 @@ def update_memory(args, model, gpus: int, dtype: torch.dtype) -> dict[str, float
     kept = layers * config.hidden_size if args.checkpointing else kept_layers * per_token
     gradients = 2 * config.intermediate_size + 4 * config.hidden_size
     at_work = tokens * width * (args.checkpointing * per_token + gradients)
-    activations = tokens * width * kept + token * together * shared
-    if not gpus or args.eager:
-        activations += 4 * together * columns**2  # a dense mask
+    activations = tokens * width * kept + token * rows * shared
+    if dense:
+        activations += 4 * tokens * columns  # the mask
     # Float32, four times: logits, log-probs, probabilities, gradient.
-    sampled = together * (args.together if whole else 1) * args.turns * args.max_new_tokens
     logits = 16 * min(sampled, LOGITS_AT_ONCE) * config.vocab_size
     ends = count(model) - count(model.base_model.layers)  # embedding, head, last norm
     two_layers = 2 * count(model.base_model.layers) / layers
@@ -83,7 +88,8 @@ def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
         "optimizer": 8 * count(model, True) / ranks,
         "critic": ppo * (state(model.base_model) + 4 * count(model.base_model, True)) / ranks,
         "reference": 4 * count(model) / ranks if args.kl > 0 else 0,
-        "process": 1.0e9 if gpus else 1.5e9,  # on a CPU with what the allocator keeps of freed memory
+        # On a CPU with the reader, and what the allocator keeps of freed memory, a cold start's for one.
+        "process": 1.0e9 if gpus else 3.0e9 + 1.5e9 * (args.cold_start != "none"),
         f"{away}sampler": copy if copied else 0,
         f"{away}user": copy * user,
         "rollout: user's KV cache": token * rows * USER_TOKENS * user,
@@ -106,7 +112,7 @@ def check_memory(plan: dict[str, float], args) -> None:
         here = list(plan)[: list(plan).index("peak")]
         most = sorted(here, key=plan.get, reverse=True)[:2]
         # A micro-batch is a dialogue at least.
-        alone = args.micro_tokens < 2 * args.turns * args.max_new_tokens
+        alone = args.micro_tokens <= dialogue_tokens(args)
         shorter = "lower --max-new-tokens or --turns" if alone else "lower --micro-tokens"
         advice = {"KV": "lower --max-new-tokens or --batch", "at work": shorter}
         advice |= {"activations": shorter if args.checkpointing else "choose --checkpointing"}

@@ -157,7 +157,7 @@ def test_the_best_model_on_validation_profiles_is_kept_scored_and_ends_the_run(
         (["--resume"], "--resume: no checkpoint"),
         (["--out", "/proc/rlver"], "/proc/rlver"),
         (["--eval-every", "0"], "--eval-every: must be at least 1"),
-        (["--gpu-memory", "0.001"], "needs about 2 GB of 0 GB per device"),
+        (["--gpu-memory", "0.001"], "needs about 3 GB of 0 GB per device"),
         (["--simulator", "elsewhere"], "--simulator elsewhere: must be offline, self or a URL"),
         (["--simulator", "http://localhost:1/v1"], "--simulator-model must name the model"),
     ],

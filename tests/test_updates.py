@@ -187,6 +187,8 @@ CASES = {  # name: (turns and rewards, how far the sampler's log-probs are off, 
     "a dropped dialogue": (DROPPED, 0.7, {"micro_tokens": 30}, {"weight"}),
     "clipped gradients": (PER_TURN, 0.0, {"max_grad_norm": 0.5}, {"norm"}),
     "a group at a time": (PER_TURN, 0.7, {"group": 2, "micro_tokens": 45}, set()),
+    "two groups at a time": (PER_TURN, 0.7, {"group": 2, "micro_tokens": 100}, set()),
+    "no entropy bonus": (PER_TURN, 0.7, {"entropy": 0.0}, set()),
     "two epochs": (PER_TURN, 0.7, {"epochs": 2, "micro_tokens": 30}, {"ratio", "weight"}),
 }
 
