@@ -20,7 +20,7 @@ PANELS = {
     "entropy": "entropy, nats/token",
 }
 FIGURES = {  # name: the commands that it compares
-    "learning": ("python train.py (bfloat16)", "python train.py --algo ppo (bfloat16)"),
+    "learning": ("python train.py (bfloat16)", "python train.py --algo grpo (bfloat16)"),
     "thinking": ("python train.py (bfloat16)", "python train.py --think (bfloat16)"),
 }
 LINES = "-", "--"  # readable in grey
