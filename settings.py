@@ -1,7 +1,7 @@
 """train.py's flags: the defaults of the two presets, and what a value may be.
 
     python train.py                                      picks a preset by the hardware it finds
-    python train.py --algo ppo --think --steps 50 --out out/think
+    python train.py --algo grpo --think --steps 50 --out out/think
     torchrun --nproc_per_node 8 train.py --algo ppo --think      sharded over 8 GPUs
 
 Presets
@@ -13,10 +13,10 @@ Deliberate deviation from the paper, both presets: policy and critic share --war
 
 Deliberate deviations from the paper, laptop preset only
     - `delta` rewards without discount over turns (gamma 0): each reply is credited with the emotion change that it caused
-      itself. With 24 steps there is no time to find out which of several replies earned a final emotion. And so a group can share
+      itself. 24 steps are hardly enough to find out which of several replies earned a final emotion. And so a group can share
       its history, which is computed once (`rollout(together=...)`): GRPO compares replies to the same message.
     - GRPO's advantages are not divided by the group's standard deviation: where all replies miss, what differs is noise.
-    - A KL to the model after the cold start: without it the score rises further, and the replies make less sense, which the reader
+    - A KL to the model after the cold start: without it GRPO's score rose further, and the replies made less sense, which the reader
       does not see (results/laptop/choices).
     - Sampling at temperature 0.7: at temperature 1 a 135M model writes noise. All log-probs are of that same policy.
     - A cold start (sft.py), six turns in training, with users who ask outright from the first message on (`--difficulty open`);
