@@ -52,8 +52,8 @@ def micro_batches(batch, max_tokens: int, group_size: int = 1) -> list[tuple[lis
     make the same number of passes: one that has fewer adds some of weight 0."""
     pieces, micros, room = [], [], 0
     for dialogue in sorted(batch.sizes):
-        of_a_group = pieces and pieces[-1][0] // group_size == dialogue // group_size
-        if of_a_group and batch.size([*pieces[-1], dialogue]) <= max_tokens:
+        same_group = pieces and pieces[-1][0] // group_size == dialogue // group_size
+        if same_group and batch.size([*pieces[-1], dialogue]) <= max_tokens:
             pieces[-1].append(dialogue)
         else:
             pieces.append([dialogue])

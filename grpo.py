@@ -111,6 +111,8 @@ def update(policy, reference, optimizer, batch, advantages_N, args) -> dict:
         sums = dict.fromkeys(("policy_loss", "kl", "entropy", "approx_kl", "clip_fraction", "sampler_gap"), 0.0)
         for members, weight in micro_batches(batch, args.micro_tokens, args.group):
             log_probs_n, entropy_n, index_n = policy(batch, members)
+            if not args.entropy:
+                entropy_n = entropy_n.detach()  # nothing would free its graph, n x V
             if epoch == 0:
                 old_log_probs_N[index_n] = log_probs_n.detach()
             old_log_probs_n = old_log_probs_N[index_n]
@@ -123,9 +125,7 @@ def update(policy, reference, optimizer, batch, advantages_N, args) -> dict:
                 kl_n = kl_loss(log_probs_n, ref_log_probs_n, ratio_n)
                 loss_n = loss_n + args.kl * kl_n
                 sums["kl"] += weight * kl_n.sum().item()
-            if args.entropy:
-                loss_n = loss_n - args.entropy * entropy_n
-            (weight * scale * loss_n.sum()).backward()
+            (weight * scale * (loss_n - args.entropy * entropy_n).sum()).backward()
 
             more = token_diagnostics(batch, index_n, ratio_n, entropy_n, old_log_probs_n, args.clip)
             sums |= {name: sums[name] + weight * value for name, value in more.items()}

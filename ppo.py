@@ -122,15 +122,15 @@ def update(policy, reference, critic, optimizer, critic_optimizer, batch, args) 
         sums = dict.fromkeys(("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "sampler_gap"), 0.0)
         for members, weight in micro_batches(batch, args.micro_tokens, args.group):
             log_probs_n, entropy_n, index_n = policy(batch, members)
+            if not args.entropy:
+                entropy_n = entropy_n.detach()  # nothing would free its graph, n x V
             if epoch == 0:
                 old_log_probs_N[index_n] = log_probs_n.detach()
             old_log_probs_n = old_log_probs_N[index_n]
             loss_n, ratio_n = policy_loss(log_probs_n, old_log_probs_n, advantages_N[index_n], args.clip)
             loss_n = loss_n * importance(old_log_probs_n, sampler_log_probs_N[index_n], args.importance_cap)
             sums["policy_loss"] += weight * loss_n.sum().item()
-            if args.entropy:
-                loss_n = loss_n - args.entropy * entropy_n
-            (weight * scale * loss_n.sum()).backward()
+            (weight * scale * (loss_n - args.entropy * entropy_n).sum()).backward()
 
             values_n, index_n = critic(batch, members)
             critic_loss_n = value_loss(values_n, old_values_N[index_n], returns_N[index_n], args.value_clip)

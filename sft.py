@@ -31,7 +31,7 @@ from simulator import HINTS, RLVER, Appraisal, Profile, Reaction, User, with_eve
 
 EPOCHS, REPLIES_A_STEP, LEARNING_RATE = 1, 8, 4e-4
 STORY_TOKENS = 128  # of a story, from its beginning
-STRANGERS = 8  # persons to tell the loss on
+STRANGERS = 8  # persons that the loss is measured on
 HINTED = 0.8  # share of replies before which the person hints at what the reply then does
 
 
@@ -120,7 +120,7 @@ def cold_start(
     strangers: list[Profile],
 ) -> Path:  # fmt: skip
     """The folder of the model after supervised learning of its upper `layers` on what was written for `profiles`; made at most
-    once for the same data, code, model, device and dtype. The loss is told on the first STRANGERS of `strangers`."""
+    once for the same data, code, model, device and dtype. The loss is measured on a few `strangers`."""
     here = Path(__file__).parent
     parts = [
         EXCHANGES.read_bytes(),
@@ -138,7 +138,8 @@ def cold_start(
     loaded, tokenizer = load_model(model, device)
     train_upper_layers(loaded, layers)
     chat, policy = Chat(tokenizer, instructions(think)), Policy(loaded, dtype=dtype)
-    written, held_out = (written_dialogues(persons, chat, think) for persons in (profiles, strangers[:STRANGERS]))
+    written, held_out = (written_dialogues(persons, chat, think) for persons in (profiles, strangers))
+    held_out = held_out[:STRANGERS]
     if not written or not held_out:
         raise ValueError("--cold-start: nothing was written for these profiles; use --cold-start none")
     before = loss_on(policy, held_out)

@@ -29,9 +29,9 @@ def update_memory(args, model, gpus: int, dtype: torch.dtype) -> dict[str, float
     head, width, token = HEAD_TOKENS, dtype.itemsize, bytes_per_token(config, dtype)
     dense = not gpus or args.eager
     tokens = max(args.micro_tokens, dialogue_tokens(args))  # of a micro-batch
-    replies = args.together * args.max_new_tokens  # in a turn, where a group shares its history
-    columns = min(tokens, head + args.turns * (replies + 45))  # of a row
-    sampled = tokens * replies // (replies + 45)
+    reply_tokens = args.together * args.max_new_tokens  # in a turn, where a group shares its history
+    columns = min(tokens, head + args.turns * (reply_tokens + 45))  # of a row
+    sampled = tokens * reply_tokens // (reply_tokens + 45)
     rows = tokens / columns
     if dense and rows > 1:
         tokens *= PADDED
@@ -88,7 +88,7 @@ def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
         "optimizer": 8 * count(model, True) / ranks,
         "critic": ppo * (state(model.base_model) + 4 * count(model.base_model, True)) / ranks,
         "reference": 4 * count(model) / ranks if args.kl > 0 else 0,
-        # On a CPU with the reader, and what the allocator keeps of freed memory, a cold start's for one.
+        # On a CPU with the reader, and what the allocator keeps of freed memory, a cold start's for one, were it made in this run.
         "process": 1.0e9 if gpus else 3.0e9 + 1.5e9 * (args.cold_start != "none"),
         f"{away}sampler": copy if copied else 0,
         f"{away}user": copy * user,
@@ -109,13 +109,15 @@ def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
 def check_memory(plan: dict[str, float], args) -> None:
     """Raise ValueError with advice where the plan does not fit."""
     if plan["peak"] > args.gpu_memory:
-        here = list(plan)[: list(plan).index("peak")]
+        here = [name for name in list(plan)[: list(plan).index("peak")] if name != "process"]
         most = sorted(here, key=plan.get, reverse=True)[:2]
         # A micro-batch is a dialogue at least.
         alone = args.micro_tokens <= dialogue_tokens(args)
         shorter = "lower --max-new-tokens or --turns" if alone else "lower --micro-tokens"
         advice = {"KV": "lower --max-new-tokens or --batch", "at work": shorter}
         advice |= {"activations": shorter if args.checkpointing else "choose --checkpointing"}
+        if not args.gpus:
+            advice |= {"critic": "choose --algo grpo"}
         otherwise = "take a smaller model or more GPUs"
         change = [next((a for key, a in advice.items() if key in name), otherwise) for name in most]
         raise ValueError(
