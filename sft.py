@@ -138,8 +138,8 @@ def cold_start(
     loaded, tokenizer = load_model(model, device)
     train_upper_layers(loaded, layers)
     chat, policy = Chat(tokenizer, instructions(think)), Policy(loaded, dtype=dtype)
-    written, held_out = (written_dialogues(persons, chat, think) for persons in (profiles, strangers))
-    held_out = held_out[:STRANGERS]
+    written = written_dialogues(profiles, chat, think)
+    held_out = written_dialogues(strangers, chat, think)[:STRANGERS]
     if not written or not held_out:
         raise ValueError("--cold-start: nothing was written for these profiles; use --cold-start none")
     before = loss_on(policy, held_out)

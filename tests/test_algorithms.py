@@ -197,7 +197,7 @@ def test_a_group_that_shares_its_history_is_one_tree(micro_tokens, count):
         lambda module, args, kwargs: passes.append(list(kwargs["input_ids"].shape)), with_kwargs=True
     )
     sampled_hidden(model, batch, [0, 1, 2, 3, 4, 5], torch.float32)
-    opening, width = 5, max(len(batch.merge(group)[0]) for group in ((0, 1, 2), (3, 4, 5)))
+    opening, width = 5, max(batch.size(group) for group in ((0, 1, 2), (3, 4, 5)))
     assert passes == [[1, opening], [2, width - opening]]
     passes.clear()
     sampled_hidden(model, batch, [0, 1, 2], torch.float32)
@@ -223,7 +223,7 @@ def test_micro_batches_cover_everything_and_start_with_the_longest():
     longest = max(range(4), key=batch.sizes.get)
     assert longest in micros[0]
     groups = make([[1], [6], [2], [9], [1], [1]], [[0.5]] * 6)
-    tokens = {group: len(groups.merge(group)[0]) for group in ((0, 1), (2, 3), (4, 5))}
+    tokens = {group: groups.size(group) for group in ((0, 1), (2, 3), (4, 5))}
     assert [members for members, _ in micro_batches(groups, 10_000, 2)] == [[2, 3, 0, 1, 4, 5]], "the longest first"
     most = tokens[2, 3] + tokens[0, 1]
     assert [members for members, _ in micro_batches(groups, most, 2)] == [[2, 3, 0, 1], [4, 5]], "groups stay whole"
