@@ -12,6 +12,9 @@ from statistics import mean, stdev
 
 from matplotlib.figure import Figure
 
+from reader import ACTS
+from simulator import INTENTIONS
+
 LAPTOP = Path(__file__).parent.parent / "results" / "laptop"
 PANELS = {
     "change_per_turn": "emotion per reply, points",
@@ -22,17 +25,21 @@ PANELS = {
 FIGURES = {  # name: the commands that it compares
     "learning": ("python train.py (bfloat16)", "python train.py --algo grpo (bfloat16)"),
     "thinking": ("python train.py (bfloat16)", "python train.py --think (bfloat16)"),
+    "thinking_grpo": ("python train.py --algo grpo (bfloat16)", "python train.py --think --algo grpo (bfloat16)"),
 }
 LINES = "-", "--"  # readable in grey
-COLUMNS = {  # of the table: what it holds of one seed's result
-    "score": lambda run: run["after"]["score"],
-    "gain over the cold start": lambda run: run["after - before"]["difference"],
-    "success, %": lambda run: run["after"]["success"],
-    "failure, %": lambda run: run["after"]["failure"],
-    "right act, once hinted, %": lambda run: run["after"]["found_out"]["serves_after_hint"],
-    "words of a thought": lambda run: run["after"]["thinking_words_per_reply"],
-    "of a reply": lambda run: run["after"]["words_per_reply"],
-    "broken formats, %": lambda run: run["after"]["broken_formats"],
+COLUMNS = {  # of the table: what it holds of one seed's result and metrics
+    "base": lambda run, _: run["base"]["score"],
+    "cold start": lambda run, _: run["before"]["score"],
+    "trained": lambda run, _: run["after"]["score"],
+    "gain over the cold start": lambda run, _: run["after - before"]["difference"],
+    "success, %": lambda run, _: run["after"]["success"],
+    "failure, %": lambda run, _: run["after"]["failure"],
+    "right act, once hinted, %": lambda run, _: run["after"]["found_out"]["serves_after_hint"],
+    "words of a thought": lambda run, _: run["after"]["thinking_words_per_reply"],
+    "of a reply": lambda run, _: run["after"]["words_per_reply"],
+    "broken formats, %": lambda run, _: run["after"]["broken_formats"],
+    "minutes of training": lambda _, steps: sum(row["rollout_seconds"] + row["update_seconds"] for row in steps) / 60,
 }
 
 
@@ -50,11 +57,11 @@ def table() -> str:
     """A line per configuration: the mean over its seeds, then their standard deviation; of the gain the smallest, too."""
     lines = [f"| command | seeds | {' | '.join(COLUMNS)} | smallest gain |", "|---" * (len(COLUMNS) + 3) + "|"]
     for command, runs in configurations().items():
-        results, cells = [result for result, _ in runs], []
+        cells = []
         for of in COLUMNS.values():
-            values = [of(result) for result in results]
+            values = [of(result, metrics) for result, metrics in runs]
             cells.append(f"{mean(values):.1f}" + (f", {stdev(values):.1f}" if len(values) > 1 else ""))
-        cells.append(f"{min(result['after - before']['difference'] for result in results):.1f}")
+        cells.append(f"{min(result['after - before']['difference'] for result, _ in runs):.1f}")
         lines.append(f"| {command} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -75,13 +82,35 @@ def draw_learning(runs: dict[str, list[list[dict]]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def draw_intentions(runs: dict[str, list[dict]], path: Path) -> None:
+    """For each of `runs` the final emotion by hidden intention and the replies by act: mean and standard deviation over its seeds."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    by_intention, by_act = figure.subplots(1, 2)
+    for (name, results), offset, filling in zip(runs.items(), (-0.15, 0.15), ("black", "white")):
+        look = dict(fmt="o", color="black", markerfacecolor=filling, capsize=2, label=f"{name}, seeds: {len(results)}")
+        emotions = {
+            key: [result["after"]["per_intention"][task][1] for result in results] for key, task in INTENTIONS.items()
+        }
+        acts = [result["after"]["strategies"] for result in results]
+        shares = {act: [found[act]["share"] if act in found else 0.0 for found in acts] for act in (*ACTS, "again")}
+        for axis, rows in ((by_intention, emotions), (by_act, shares)):
+            middle = [mean(values) for values in rows.values()]
+            spread = [stdev(values) if len(values) > 1 else 0.0 for values in rows.values()]
+            axis.errorbar(middle, [place + offset for place in range(len(rows))], xerr=spread, **look)
+            axis.set_yticks(range(len(rows)), rows)
+    by_intention.set(xlabel="final emotion", ylabel="hidden intention", ylim=(len(INTENTIONS) - 0.5, -0.5))
+    by_act.set(xlabel="% of replies", ylabel="act", ylim=(len(ACTS) + 0.5, -0.5))
+    figure.legend(*by_act.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     print(table())
     stored = configurations()
     for name, commands in FIGURES.items():
         if all(command in stored for command in commands):
-            runs = {command: [metrics for _, metrics in stored[command]] for command in commands}
-            draw_learning(runs, LAPTOP / f"{name}.png")
+            draw_learning({c: [metrics for _, metrics in stored[c]] for c in commands}, LAPTOP / f"{name}.png")
+            draw_intentions({c: [result for result, _ in stored[c]] for c in commands}, LAPTOP / f"{name}_whom.png")
 
 
 if __name__ == "__main__":

@@ -86,10 +86,11 @@ def test_a_line_holds_the_seeds_of_one_command_and_dtype(tmp_path, monkeypatch):
         after = dict(score=40 + gain, success=1.0, failure=2.0, found_out={"serves_after_hint": 50.0})
         after |= dict(thinking_words_per_reply=3.0, words_per_reply=9.0, broken_formats=4.0)
         run = dict(command=f"train --seed {seed} --think", dtype=dtype, after=after)
+        run |= dict(base={"score": 5.0}, before={"score": 40.0})
         (tmp_path / f"{name}.json").write_text(json.dumps(run | {"after - before": {"difference": gain}}))
-        (tmp_path / f"{name}_metrics.jsonl").write_text('{"kl": 0.1}\n')
-    same = "1.0, 0.0 | 2.0, 0.0 | 50.0, 0.0 | 3.0, 0.0 | 9.0, 0.0 | 4.0, 0.0"
+        (tmp_path / f"{name}_metrics.jsonl").write_text('{"rollout_seconds": 20, "update_seconds": 40}\n' * 3)
+    start, same = "5.0, 0.0 | 40.0, 0.0", "1.0, 0.0 | 2.0, 0.0 | 50.0, 0.0 | 3.0, 0.0 | 9.0, 0.0 | 4.0, 0.0 | 3.0, 0.0"
     assert figures.table().splitlines()[2:] == [
-        f"| train --think (bfloat16) | 2 | 52.0, 2.8 | 12.0, 2.8 | {same} | 10.0 |",
-        "| train --think (float32) | 1 | 45.0 | 5.0 | 1.0 | 2.0 | 50.0 | 3.0 | 9.0 | 4.0 | 5.0 |",
+        f"| train --think (bfloat16) | 2 | {start} | 52.0, 2.8 | 12.0, 2.8 | {same} | 10.0 |",
+        "| train --think (float32) | 1 | 5.0 | 40.0 | 45.0 | 5.0 | 1.0 | 2.0 | 50.0 | 3.0 | 9.0 | 4.0 | 3.0 | 5.0 |",
     ]
