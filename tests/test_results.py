@@ -53,13 +53,20 @@ def test_the_gains_are_theirs(runs, readme):
     assert row("gain over the cold start", [gain_of(run) for run in runs], gains, "+.1f") in readme
 
 
-def test_the_scores_and_gains_with_grpo_are_theirs(runs, readme):
-    others = stored("grpo?_bfloat16.json")
+@pytest.mark.parametrize(
+    "pattern, trained, gained",
+    [
+        ("grpo?", "after GRPO instead (`--algo grpo`)", "its gain over the cold start"),
+        ("think?", "after PPO with `--think`", "its gain over its own cold start"),
+    ],
+)
+def test_what_others_reach_is_theirs(pattern, trained, gained, runs, readme):
+    others = stored(f"{pattern}_bfloat16.json")
     blank = [""] * (len(runs) - len(others))
     scores, gains = [run["after"]["score"] for run in others], [run["after - before"]["difference"] for run in others]
     rows = [
-        row("after GRPO instead (`--algo grpo`)", [score_of(run["after"]) for run in others] + blank, scores),
-        row("its gain over the cold start", [gain_of(run) for run in others] + blank, gains, "+.1f"),
+        row(trained, [score_of(run["after"]) for run in others] + blank, scores),
+        row(gained, [gain_of(run) for run in others] + blank, gains, "+.1f"),
     ]
     assert all(" ".join(words.split()) in readme for words in rows)
 
