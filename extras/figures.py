@@ -78,29 +78,30 @@ def draw_learning(runs: dict[str, list[list[dict]]], path: Path) -> None:
             low, high = ([m + sign * s for m, s in zip(middle, spread)] for sign in (-1, 1))
             axis.fill_between(steps, low, high, color="grey", alpha=0.3, linewidth=0)
         axis.set(xlabel="step", ylabel=label)
-    figure.axes[0].legend(frameon=False)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path, dpi=110)
 
 
 def draw_intentions(runs: dict[str, list[dict]], path: Path) -> None:
-    """For each of `runs` the final emotion by hidden intention and the replies by act: mean and standard deviation over its seeds."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    """The final emotion by hidden intention, and the replies by act: a dot per seed, black and white for two of `runs`."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
     by_intention, by_act = figure.subplots(1, 2)
-    for (name, results), offset, filling in zip(runs.items(), (-0.15, 0.15), ("black", "white")):
-        look = dict(fmt="o", color="black", markerfacecolor=filling, capsize=2, label=f"{name}, seeds: {len(results)}")
-        emotions = {
-            key: [result["after"]["per_intention"][task][1] for result in results] for key, task in INTENTIONS.items()
-        }
-        acts = [result["after"]["strategies"] for result in results]
-        shares = {act: [found[act]["share"] if act in found else 0.0 for found in acts] for act in (*ACTS, "again")}
-        for axis, rows in ((by_intention, emotions), (by_act, shares)):
-            middle = [mean(values) for values in rows.values()]
-            spread = [stdev(values) if len(values) > 1 else 0.0 for values in rows.values()]
-            axis.errorbar(middle, [place + offset for place in range(len(rows))], xerr=spread, **look)
-            axis.set_yticks(range(len(rows)), rows)
-    by_intention.set(xlabel="final emotion", ylabel="hidden intention", ylim=(len(INTENTIONS) - 0.5, -0.5))
-    by_act.set(xlabel="% of replies", ylabel="act", ylim=(len(ACTS) + 0.5, -0.5))
-    figure.legend(*by_act.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    kinds = (*ACTS, "again")
+    for (name, results), offset, filling in zip(runs.items(), (-0.15, 0.15), ("black", "white"), strict=True):
+        look = dict(color="black", markerfacecolor=filling, linestyle="", marker="o", markersize=5)
+        for result in (run["after"] for run in results):
+            emotions = [result["per_intention"][task][1] for task in INTENTIONS.values()]  # of [persons, score, error]
+            by_intention.plot(emotions, [place + offset for place in range(len(emotions))], **look)
+            shares = [result["strategies"].get(kind, {"share": 0.0})["share"] for kind in kinds]
+            by_act.plot(shares, [place + offset for place in range(len(kinds))], **look)
+        by_act.plot([], [], **look, label=f"{name}, a dot per seed")
+    by_intention.set(xlabel="final emotion, 0 to 100", ylabel="hidden intention", xlim=(0, 100))
+    by_act.set(xlabel="% of replies", ylabel="act")
+    for axis, names in ((by_intention, INTENTIONS), (by_act, kinds)):
+        axis.set_yticks(range(len(names)), names)
+        axis.invert_yaxis()
+        axis.grid(axis="y", color="lightgrey")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path, dpi=110)
 
 

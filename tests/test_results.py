@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 from extras import figures
+from simulator import INTENTIONS
 
 STAGES = {"base": "SmolLM2-135M", "before": "after the cold start", "after": "after reinforcement learning"}
 
@@ -95,9 +96,22 @@ def test_a_line_holds_the_seeds_of_one_command_and_dtype(tmp_path, monkeypatch):
         run = dict(command=f"train --seed {seed} --think", dtype=dtype, after=after)
         run |= dict(base={"score": 5.0}, before={"score": 40.0})
         (tmp_path / f"{name}.json").write_text(json.dumps(run | {"after - before": {"difference": gain}}))
-        (tmp_path / f"{name}_metrics.jsonl").write_text('{"rollout_seconds": 20, "update_seconds": 40}\n' * 3)
-    start, same = "5.0, 0.0 | 40.0, 0.0", "1.0, 0.0 | 2.0, 0.0 | 50.0, 0.0 | 3.0, 0.0 | 9.0, 0.0 | 4.0, 0.0 | 3.0, 0.0"
+        (tmp_path / f"{name}_metrics.jsonl").write_text('{"rollout_seconds": 20, "update_seconds": 40}\n' * 4)
+    start, same = "5.0, 0.0 | 40.0, 0.0", "1.0, 0.0 | 2.0, 0.0 | 50.0, 0.0 | 3.0, 0.0 | 9.0, 0.0 | 4.0, 0.0 | 4.0, 0.0"
     assert figures.table().splitlines()[2:] == [
         f"| train --think (bfloat16) | 2 | {start} | 52.0, 2.8 | 12.0, 2.8 | {same} | 10.0 |",
-        "| train --think (float32) | 1 | 5.0 | 40.0 | 45.0 | 5.0 | 1.0 | 2.0 | 50.0 | 3.0 | 9.0 | 4.0 | 3.0 | 5.0 |",
+        "| train --think (float32) | 1 | 5.0 | 40.0 | 45.0 | 5.0 | 1.0 | 2.0 | 50.0 | 3.0 | 9.0 | 4.0 | 4.0 | 5.0 |",
     ]
+
+
+def test_a_figure_shows_a_dot_per_seed_and_kind(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, path, **settings: drawn.append(figure))
+    runs = {name: stored(f"{name}?_bfloat16.json")[:2] for name in ("seed", "think")}
+    figures.draw_intentions(runs, tmp_path / "whom.png")
+    by_intention, by_act = drawn[0].axes
+    for axis, kinds in ((by_intention, 8), (by_act, 16)):
+        dots = [line for line in axis.lines if len(line.get_xdata())]
+        assert [len(line.get_xdata()) for line in dots] == [kinds] * 4
+    first = runs["think"][0]["after"]["per_intention"][INTENTIONS["motives"]][1]
+    assert by_intention.lines[2].get_xdata()[list(INTENTIONS).index("motives")] == first
