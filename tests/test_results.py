@@ -88,6 +88,21 @@ def test_what_else_the_table_says_is_theirs(title, of, runs, readme):
     assert row(title, [f"{of(run):.1f}" for run in runs], [of(run) for run in runs]) in readme
 
 
+def test_the_shares_of_bad_replies_are_those_of_the_labels(readme):
+    def bad(name: str) -> dict[str, str]:
+        grades = {}
+        for line in (ROOT / "results" / "laptop" / name).read_text(encoding="utf-8").splitlines():
+            label = json.loads(line)
+            grades.setdefault(label["model"], []).append(label["grade"])
+        return {model: f"{100 * mean(grade == 0 for grade in found):.0f}" for model, found in grades.items()}
+
+    ours, others = bad("labelled.jsonl"), bad("labelled_think.jsonl")
+    assert f"found {ours['cold start']} % of the cold start's replies bad" in readme
+    assert f"{ours['PPO']} % after PPO, {ours['GRPO']} % after GRPO" in readme
+    assert f"Other graders: {others['cold start']} % after the cold start, {others['PPO']} % after PPO" in readme
+    assert f"with `--think` {others['cold start, --think']} and {others['PPO, --think']} %" in readme
+
+
 def test_a_line_holds_the_seeds_of_one_command_and_dtype(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "LAPTOP", tmp_path)
     for name, dtype, seed, gain in (("a", "bfloat16", 0, 10.0), ("b", "bfloat16", 1, 14.0), ("c", "float32", 0, 5.0)):
