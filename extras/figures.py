@@ -1,7 +1,8 @@
 """The table and the figures of results/, from the runs that are stored there: `python -m extras.figures`.
 
 A run is results/laptop/NAME.json (its result.json, before that its command, dtype, machine and seconds) and NAME_metrics.jsonl (its
-metrics.jsonl). Runs of one dtype whose commands differ by --seed alone are one configuration.
+metrics.jsonl). Runs of one dtype whose commands differ by --seed alone are one configuration. A line of other_users.jsonl is what
+evaluate.py finds of a run's model against the cold start with users that are not those of its own test (`trained`: the run's command).
 """
 
 import json
@@ -26,8 +27,14 @@ FIGURES = {  # name: the commands that it compares
     "learning": ("python train.py (bfloat16)", "python train.py --algo grpo (bfloat16)"),
     "thinking": ("python train.py (bfloat16)", "python train.py --think (bfloat16)"),
     "thinking_grpo": ("python train.py --algo grpo (bfloat16)", "python train.py --think --algo grpo (bfloat16)"),
+    "harder": (
+        "python train.py --algo grpo (bfloat16)",
+        "python train.py --algo grpo --difficulty vanilla (bfloat16)",
+        "python train.py --algo grpo --difficulty challenging (bfloat16)",
+    ),
 }
-LINES = "-", "--"  # readable in grey
+LOOKS = ("-", "black"), ("--", "white"), (":", "grey")  # of a line, of a dot: readable in grey
+OTHERS = "vanilla users", "another reader", "adversarial users", "challenging users"  # the first: a run's own test
 COLUMNS = {  # of the table: what it holds of one seed's result and metrics
     "base": lambda run, _: run["base"]["score"],
     "cold start": lambda run, _: run["before"]["score"],
@@ -43,13 +50,32 @@ COLUMNS = {  # of the table: what it holds of one seed's result and metrics
 }
 
 
+def configuration(command: str, dtype: str) -> str:
+    return f"{re.sub(' --seed [0-9]+', '', command)} ({dtype})"
+
+
 def configurations() -> dict[str, list[tuple[dict, list[dict]]]]:
     """{command without its seed (dtype): [(result, metrics of each step), one per seed]}"""
     found = defaultdict(list)
     for file in sorted(LAPTOP.glob("*_metrics.jsonl")):
         result = json.loads(file.with_name(file.name.replace("_metrics.jsonl", ".json")).read_text(encoding="utf-8"))
         metrics = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        found[f"{re.sub(' --seed [0-9]+', '', result['command'])} ({result['dtype']})"].append((result, metrics))
+        found[configuration(result["command"], result["dtype"])].append((result, metrics))
+    return found
+
+
+def other_users() -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """{command without its seed (dtype): {users: [(score, gain over the cold start), one per seed]}}, where others are stored."""
+    found = defaultdict(lambda: defaultdict(list))
+    for line in (LAPTOP / "other_users.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        scores = row["results"]["out/checkpoint"]["score"], row["results"]["difference"]["difference"]
+        found[configuration(row["trained"], row["dtype"])][row["users"]].append(scores)
+    for command, runs in configurations().items():
+        if command in found:
+            found[command][OTHERS[0]] = [
+                (run["after"]["score"], run["after - before"]["difference"]) for run, _ in runs
+            ]
     return found
 
 
@@ -66,11 +92,24 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def table_of_other_users() -> str:
+    """A line per configuration: mean score over its seeds; mean and standard deviation of the gain over the cold start."""
+    lines = [f"| command | {' | '.join(OTHERS)} |", "|---" * (len(OTHERS) + 1) + "|"]
+    for command, found in other_users().items():
+        cells = []
+        for users in OTHERS:
+            scores, gains = zip(*found[users]) if found[users] else ((), ())
+            spread = f", {stdev(gains):.1f}" if len(gains) > 1 else ""
+            cells.append(f"{mean(scores):.1f}; {mean(gains):+.1f}{spread} ({len(gains)})" if gains else "")
+        lines.append(f"| {command} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def draw_learning(runs: dict[str, list[list[dict]]], path: Path) -> None:
     """One panel per quantity: for each of `runs` the mean over its seeds, with a band of one standard deviation."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     for axis, (key, label) in zip(figure.subplots(2, 2).flat, PANELS.items()):
-        for (name, seeds), line in zip(runs.items(), LINES):
+        for (name, seeds), (line, _) in zip(runs.items(), LOOKS):
             values = [[row[key] for row in rows] for rows in zip(*seeds)]  # by step
             steps, middle = range(1, 1 + len(values)), [mean(value) for value in values]
             spread = [stdev(value) if len(seeds) > 1 else 0 for value in values]
@@ -82,18 +121,27 @@ def draw_learning(runs: dict[str, list[list[dict]]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def dots(number: int) -> dict:
+    return dict(color="black", markerfacecolor=LOOKS[number][1], linestyle="", marker="o", markersize=5)
+
+
+def offset(number: int, count: int) -> float:
+    """Of the dots of one of `count` configurations, from the middle of their row."""
+    return 0.25 * (number - (count - 1) / 2)
+
+
 def draw_intentions(runs: dict[str, list[dict]], path: Path) -> None:
-    """The final emotion by hidden intention, and the replies by act: a dot per seed, black and white for two of `runs`."""
+    """The final emotion by hidden intention, and the replies by act: a dot per seed, in another grey for each of `runs`."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     by_intention, by_act = figure.subplots(1, 2)
     kinds = (*ACTS, "again")
-    for (name, results), offset, filling in zip(runs.items(), (-0.15, 0.15), ("black", "white"), strict=True):
-        look = dict(color="black", markerfacecolor=filling, linestyle="", marker="o", markersize=5)
+    for number, (name, results) in enumerate(runs.items()):
+        look, aside = dots(number), offset(number, len(runs))
         for result in (run["after"] for run in results):
             emotions = [result["per_intention"][task][1] for task in INTENTIONS.values()]  # of [persons, score, error]
-            by_intention.plot(emotions, [place + offset for place in range(len(emotions))], **look)
+            by_intention.plot(emotions, [place + aside for place in range(len(emotions))], **look)
             shares = [result["strategies"].get(kind, {"share": 0.0})["share"] for kind in kinds]
-            by_act.plot(shares, [place + offset for place in range(len(kinds))], **look)
+            by_act.plot(shares, [place + aside for place in range(len(kinds))], **look)
         by_act.plot([], [], **look, label=f"{name}, a dot per seed")
     by_intention.set(xlabel="final emotion, 0 to 100", ylabel="hidden intention", xlim=(0, 100))
     by_act.set(xlabel="% of replies", ylabel="act")
@@ -105,13 +153,32 @@ def draw_intentions(runs: dict[str, list[dict]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def draw_users(runs: dict[str, dict[str, list[tuple[float, float]]]], path: Path) -> None:
+    """The final emotion of several kinds of users: a dot per seed, in another grey for each of `runs`."""
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    axis = figure.subplots()
+    for number, (name, found) in enumerate(runs.items()):
+        for place, users in enumerate(OTHERS):
+            scores = [score for score, _ in found[users]]
+            axis.plot(scores, [place + offset(number, len(runs))] * len(scores), **dots(number))
+        axis.plot([], [], **dots(number), label=f"{name}, a dot per seed")
+    axis.set(xlabel="final emotion, 0 to 100", ylabel="held-out users", xlim=(0, 100))
+    axis.set_yticks(range(len(OTHERS)), OTHERS)
+    axis.invert_yaxis()
+    axis.grid(axis="y", color="lightgrey")
+    figure.legend(loc="outside upper center", frameon=False)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
-    print(table())
-    stored = configurations()
+    print(f"{table()}\n\n{table_of_other_users()}")
+    stored, others = configurations(), other_users()
     for name, commands in FIGURES.items():
         if all(command in stored for command in commands):
             draw_learning({c: [metrics for _, metrics in stored[c]] for c in commands}, LAPTOP / f"{name}.png")
             draw_intentions({c: [result for result, _ in stored[c]] for c in commands}, LAPTOP / f"{name}_whom.png")
+        if all(command in others for command in commands):
+            draw_users({command: others[command] for command in commands}, LAPTOP / f"{name}_users.png")
 
 
 if __name__ == "__main__":

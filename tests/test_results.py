@@ -76,6 +76,31 @@ def test_the_table_of_all_runs_is_that_of_the_stored_ones():
     assert f"\n{figures.table()}\n" in (ROOT / "results" / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_table_of_other_users_is_that_of_the_stored_ones():
+    assert f"\n{figures.table_of_other_users()}\n" in (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+
+
+def test_other_users_are_those_of_the_run_that_was_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "LAPTOP", tmp_path)
+    for seed, score, gain in ((0, 60.0, 20.0), (1, 50.0, 10.0)):
+        run = {"command": f"train --seed {seed}", "dtype": "float32", "after": {"score": score}}
+        (tmp_path / f"{seed}.json").write_text(json.dumps(run | {"after - before": {"difference": gain}}))
+        (tmp_path / f"{seed}_metrics.jsonl").write_text("")
+    rows = []
+    for seed, users, score, gain in (
+        (0, "another reader", 45.0, 5.0),
+        (1, "another reader", 41.0, 1.0),
+        (1, "adversarial users", 30.0, -3.0),
+    ):
+        results = {"out/checkpoint": {"score": score}, "difference": {"difference": gain}}
+        rows.append(
+            json.dumps({"trained": f"train --seed {seed}", "dtype": "float32", "users": users, "results": results})
+        )
+    (tmp_path / "other_users.jsonl").write_text("\n".join(rows))
+    line = "| train (float32) | 55.0; +15.0, 7.1 (2) | 43.0; +3.0, 2.8 (2) | 30.0; -3.0 (1) |  |"
+    assert figures.table_of_other_users().splitlines()[2:] == [line]
+
+
 @pytest.mark.parametrize(
     "title, of",
     [
