@@ -55,21 +55,19 @@ def test_the_gains_are_theirs(runs, readme):
 
 
 @pytest.mark.parametrize(
-    "pattern, trained, gained",
+    "pattern, title",
     [
-        ("grpo?", "after GRPO instead (`--algo grpo`)", "its gain over the cold start"),
-        ("think?", "after PPO with `--think`", "its gain over its own cold start"),
+        ("grpo?_bfloat16", "GRPO instead (`--algo grpo`): score, gain"),
+        ("seed?_float32", "PPO in float32 (`--dtype float32`): score, gain"),
+        ("think?_bfloat16", "PPO with `--think`: score, gain"),
     ],
 )
-def test_what_others_reach_is_theirs(pattern, trained, gained, runs, readme):
-    others = stored(f"{pattern}_bfloat16.json")
-    blank = [""] * (len(runs) - len(others))
+def test_what_others_reach_is_theirs(pattern, title, runs, readme):
+    others = stored(f"{pattern}.json")
     scores, gains = [run["after"]["score"] for run in others], [run["after - before"]["difference"] for run in others]
-    rows = [
-        row(trained, [score_of(run["after"]) for run in others] + blank, scores),
-        row(gained, [gain_of(run) for run in others] + blank, gains, "+.1f"),
-    ]
-    assert all(" ".join(words.split()) in readme for words in rows)
+    cells = [f"{score:.1f}, {gain_of(run)}" for score, run in zip(scores, others)] + [""] * (len(runs) - len(others))
+    means = f"{mean(scores):.1f}, {mean(gains):+.1f}, {stdev(gains):.1f}"
+    assert " ".join(f"| {title} | {' | '.join(cells)} | {means} |".split()) in readme
 
 
 def test_the_table_of_all_runs_is_that_of_the_stored_ones():
@@ -87,15 +85,11 @@ def test_other_users_are_those_of_the_run_that_was_trained(tmp_path, monkeypatch
         (tmp_path / f"{seed}.json").write_text(json.dumps(run | {"after - before": {"difference": gain}}))
         (tmp_path / f"{seed}_metrics.jsonl").write_text("")
     rows = []
-    for seed, users, score, gain in (
-        (0, "another reader", 45.0, 5.0),
-        (1, "another reader", 41.0, 1.0),
-        (1, "adversarial users", 30.0, -3.0),
-    ):
+    reader, attack = "another reader", "adversarial users"
+    for seed, users, score, gain in ((0, reader, 45.0, 5.0), (1, reader, 41.0, 1.0), (1, attack, 30.0, -3.0)):
         results = {"out/checkpoint": {"score": score}, "difference": {"difference": gain}}
-        rows.append(
-            json.dumps({"trained": f"train --seed {seed}", "dtype": "float32", "users": users, "results": results})
-        )
+        row = {"trained": f"train --seed {seed}", "dtype": "float32", "users": users, "results": results}
+        rows.append(json.dumps(row))
     (tmp_path / "other_users.jsonl").write_text("\n".join(rows))
     line = "| train (float32) | 55.0; +15.0, 7.1 (2) | 43.0; +3.0, 2.8 (2) | 30.0; -3.0 (1) |  |"
     assert figures.table_of_other_users().splitlines()[2:] == [line]
