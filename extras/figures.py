@@ -117,7 +117,7 @@ def draw_learning(runs: dict[str, list[list[dict]]], path: Path) -> None:
             low, high = ([m + sign * s for m, s in zip(middle, spread)] for sign in (-1, 1))
             axis.fill_between(steps, low, high, color="grey", alpha=0.3, linewidth=0)
         axis.set(xlabel="step", ylabel=label)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", frameon=False)
     figure.savefig(path, dpi=110)
 
 
@@ -149,21 +149,22 @@ def draw_intentions(runs: dict[str, list[dict]], path: Path) -> None:
         axis.set_yticks(range(len(names)), names)
         axis.invert_yaxis()
         axis.grid(axis="y", color="lightgrey")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(loc="outside upper center", frameon=False)
     figure.savefig(path, dpi=110)
 
 
 def draw_users(runs: dict[str, dict[str, list[tuple[float, float]]]], path: Path) -> None:
     """The final emotion of several kinds of users: a dot per seed, in another grey for each of `runs`."""
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure = Figure(figsize=(9, 3), layout="constrained")
     axis = figure.subplots()
+    shown = [users for users in OTHERS if any(found[users] for found in runs.values())]
     for number, (name, found) in enumerate(runs.items()):
-        for place, users in enumerate(OTHERS):
+        for place, users in enumerate(shown):
             scores = [score for score, _ in found[users]]
             axis.plot(scores, [place + offset(number, len(runs))] * len(scores), **dots(number))
         axis.plot([], [], **dots(number), label=f"{name}, a dot per seed")
     axis.set(xlabel="final emotion, 0 to 100", ylabel="held-out users", xlim=(0, 100))
-    axis.set_yticks(range(len(OTHERS)), OTHERS)
+    axis.set_yticks(range(len(shown)), shown)
     axis.invert_yaxis()
     axis.grid(axis="y", color="lightgrey")
     figure.legend(loc="outside upper center", frameon=False)
