@@ -1,4 +1,4 @@
-"""The table and the figures of results/, from the runs that are stored there: `python -m extras.figures`.
+"""The tables and the figures of results/, from the runs that are stored there: `python -m extras.figures`.
 
 A run is results/laptop/NAME.json (its result.json, before that its command, dtype, machine and seconds) and NAME_metrics.jsonl (its
 metrics.jsonl). Runs of one dtype whose commands differ by --seed alone are one configuration. A line of other_users.jsonl is what
@@ -18,8 +18,8 @@ from simulator import INTENTIONS
 
 LAPTOP = Path(__file__).parent.parent / "results" / "laptop"
 PANELS = {
-    "change_per_turn": "emotion per reply, points",
-    "serves": "right act, % of replies",
+    "change_per_turn": "emotion per reply (training users)",
+    "serves": "right act, % (training users)",
     "kl": "KL to the cold start, nats/token",
     "entropy": "entropy, nats/token",
 }
@@ -34,7 +34,7 @@ FIGURES = {  # name: the commands that it compares
     ),
 }
 LOOKS = ("-", "black"), ("--", "white"), (":", "grey")  # of a line, of a dot: readable in grey
-OTHERS = "vanilla users", "another reader", "adversarial users", "challenging users"  # the first: a run's own test
+USERS = "vanilla users", "another reader", "adversarial users", "challenging users"  # first those of a run's own test
 COLUMNS = {  # of the table: what it holds of one seed's result and metrics
     "base": lambda run, _: run["base"]["score"],
     "cold start": lambda run, _: run["before"]["score"],
@@ -61,22 +61,21 @@ def configurations() -> dict[str, list[tuple[dict, list[dict]]]]:
         result = json.loads(file.with_name(file.name.replace("_metrics.jsonl", ".json")).read_text(encoding="utf-8"))
         metrics = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         found[configuration(result["command"], result["dtype"])].append((result, metrics))
-    return found
+    return dict(sorted(found.items()))
 
 
 def other_users() -> dict[str, dict[str, list[tuple[float, float]]]]:
     """{command without its seed (dtype): {users: [(score, gain over the cold start), one per seed]}}, where others are stored."""
-    found = defaultdict(lambda: defaultdict(list))
+    found = {}
     for line in (LAPTOP / "other_users.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        scores = row["results"]["out/checkpoint"]["score"], row["results"]["difference"]["difference"]
-        found[configuration(row["trained"], row["dtype"])][row["users"]].append(scores)
+        score, gain = row["results"]["out/checkpoint"]["score"], row["results"]["difference"]["difference"]
+        by_users = found.setdefault(configuration(row["trained"], row["dtype"]), {users: [] for users in USERS})
+        by_users[row["users"]].append((score, gain))
     for command, runs in configurations().items():
         if command in found:
-            found[command][OTHERS[0]] = [
-                (run["after"]["score"], run["after - before"]["difference"]) for run, _ in runs
-            ]
-    return found
+            found[command][USERS[0]] = [(run["after"]["score"], run["after - before"]["difference"]) for run, _ in runs]
+    return dict(sorted(found.items()))
 
 
 def table() -> str:
@@ -94,10 +93,10 @@ def table() -> str:
 
 def table_of_other_users() -> str:
     """A line per configuration: mean score over its seeds; mean and standard deviation of the gain over the cold start."""
-    lines = [f"| command | {' | '.join(OTHERS)} |", "|---" * (len(OTHERS) + 1) + "|"]
+    lines = [f"| command | {' | '.join(USERS)} |", "|---" * (len(USERS) + 1) + "|"]
     for command, found in other_users().items():
         cells = []
-        for users in OTHERS:
+        for users in USERS:
             scores, gains = zip(*found[users]) if found[users] else ((), ())
             spread = f", {stdev(gains):.1f}" if len(gains) > 1 else ""
             cells.append(f"{mean(scores):.1f}; {mean(gains):+.1f}{spread} ({len(gains)})" if gains else "")
@@ -109,11 +108,11 @@ def draw_learning(runs: dict[str, list[list[dict]]], path: Path) -> None:
     """One panel per quantity: for each of `runs` the mean over its seeds, with a band of one standard deviation."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     for axis, (key, label) in zip(figure.subplots(2, 2).flat, PANELS.items()):
-        for (name, seeds), (line, _) in zip(runs.items(), LOOKS):
+        for number, (name, seeds) in enumerate(runs.items()):
             values = [[row[key] for row in rows] for rows in zip(*seeds)]  # by step
             steps, middle = range(1, 1 + len(values)), [mean(value) for value in values]
             spread = [stdev(value) if len(seeds) > 1 else 0 for value in values]
-            axis.plot(steps, middle, line, color="black", label=f"{name}, seeds: {len(seeds)}")
+            axis.plot(steps, middle, LOOKS[number][0], color="black", label=f"{name}, seeds: {len(seeds)}")
             low, high = ([m + sign * s for m, s in zip(middle, spread)] for sign in (-1, 1))
             axis.fill_between(steps, low, high, color="grey", alpha=0.3, linewidth=0)
         axis.set(xlabel="step", ylabel=label)
@@ -128,6 +127,12 @@ def dots(number: int) -> dict:
 def offset(number: int, count: int) -> float:
     """Of the dots of one of `count` configurations, from the middle of their row."""
     return 0.25 * (number - (count - 1) / 2)
+
+
+def name_rows(axis, names) -> None:
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.grid(axis="y", color="lightgrey")
 
 
 def draw_intentions(runs: dict[str, list[dict]], path: Path) -> None:
@@ -145,10 +150,8 @@ def draw_intentions(runs: dict[str, list[dict]], path: Path) -> None:
         by_act.plot([], [], **look, label=f"{name}, a dot per seed")
     by_intention.set(xlabel="final emotion, 0 to 100", ylabel="hidden intention", xlim=(0, 100))
     by_act.set(xlabel="% of replies", ylabel="act")
-    for axis, names in ((by_intention, INTENTIONS), (by_act, kinds)):
-        axis.set_yticks(range(len(names)), names)
-        axis.invert_yaxis()
-        axis.grid(axis="y", color="lightgrey")
+    name_rows(by_intention, INTENTIONS)
+    name_rows(by_act, kinds)
     figure.legend(loc="outside upper center", frameon=False)
     figure.savefig(path, dpi=110)
 
@@ -157,16 +160,14 @@ def draw_users(runs: dict[str, dict[str, list[tuple[float, float]]]], path: Path
     """The final emotion of several kinds of users: a dot per seed, in another grey for each of `runs`."""
     figure = Figure(figsize=(9, 3), layout="constrained")
     axis = figure.subplots()
-    shown = [users for users in OTHERS if any(found[users] for found in runs.values())]
+    shown = [users for users in USERS if all(found[users] for found in runs.values())]
     for number, (name, found) in enumerate(runs.items()):
         for place, users in enumerate(shown):
             scores = [score for score, _ in found[users]]
             axis.plot(scores, [place + offset(number, len(runs))] * len(scores), **dots(number))
         axis.plot([], [], **dots(number), label=f"{name}, a dot per seed")
     axis.set(xlabel="final emotion, 0 to 100", ylabel="held-out users", xlim=(0, 100))
-    axis.set_yticks(range(len(shown)), shown)
-    axis.invert_yaxis()
-    axis.grid(axis="y", color="lightgrey")
+    name_rows(axis, shown)
     figure.legend(loc="outside upper center", frameon=False)
     figure.savefig(path, dpi=110)
 
@@ -175,9 +176,8 @@ def main() -> None:
     print(f"{table()}\n\n{table_of_other_users()}")
     stored, others = configurations(), other_users()
     for name, commands in FIGURES.items():
-        if all(command in stored for command in commands):
-            draw_learning({c: [metrics for _, metrics in stored[c]] for c in commands}, LAPTOP / f"{name}.png")
-            draw_intentions({c: [result for result, _ in stored[c]] for c in commands}, LAPTOP / f"{name}_whom.png")
+        draw_learning({c: [metrics for _, metrics in stored[c]] for c in commands}, LAPTOP / f"{name}.png")
+        draw_intentions({c: [result for result, _ in stored[c]] for c in commands}, LAPTOP / f"{name}_whom.png")
         if all(command in others for command in commands):
             draw_users({command: others[command] for command in commands}, LAPTOP / f"{name}_users.png")
 

@@ -6,8 +6,9 @@ from statistics import mean, stdev
 import pytest
 from conftest import ROOT
 
+from evaluate import mean_and_error
 from extras import figures
-from simulator import INTENTIONS
+from simulator import INTENTIONS, load_profiles
 
 STAGES = {"base": "SmolLM2-135M", "before": "after the cold start", "after": "after reinforcement learning"}
 
@@ -88,8 +89,8 @@ def test_other_users_are_those_of_the_run_that_was_trained(tmp_path, monkeypatch
     reader, attack = "another reader", "adversarial users"
     for seed, users, score, gain in ((0, reader, 45.0, 5.0), (1, reader, 41.0, 1.0), (1, attack, 30.0, -3.0)):
         results = {"out/checkpoint": {"score": score}, "difference": {"difference": gain}}
-        row = {"trained": f"train --seed {seed}", "dtype": "float32", "users": users, "results": results}
-        rows.append(json.dumps(row))
+        trained = {"trained": f"train --seed {seed}", "dtype": "float32"}
+        rows.append(json.dumps(trained | {"users": users, "results": results}))
     (tmp_path / "other_users.jsonl").write_text("\n".join(rows))
     line = "| train (float32) | 55.0; +15.0, 7.1 (2) | 43.0; +3.0, 2.8 (2) | 30.0; -3.0 (1) |  |"
     assert figures.table_of_other_users().splitlines()[2:] == [line]
@@ -107,19 +108,63 @@ def test_what_else_the_table_says_is_theirs(title, of, runs, readme):
     assert row(title, [f"{of(run):.1f}" for run in runs], [of(run) for run in runs]) in readme
 
 
-def test_the_shares_of_bad_replies_are_those_of_the_labels(readme):
-    def bad(name: str) -> dict[str, str]:
-        grades = {}
-        for line in (ROOT / "results" / "laptop" / name).read_text(encoding="utf-8").splitlines():
+@pytest.fixture
+def labels():
+    """{file: {model: its labels}}"""
+    found = {}
+    for name in ("labelled", "labelled_think"):
+        found[name] = {}
+        for line in (ROOT / "results" / "laptop" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
             label = json.loads(line)
-            grades.setdefault(label["model"], []).append(label["grade"])
-        return {model: f"{100 * mean(grade == 0 for grade in found):.0f}" for model, found in grades.items()}
+            found[name].setdefault(label["model"], []).append(label)
+    return found
 
-    ours, others = bad("labelled.jsonl"), bad("labelled_think.jsonl")
+
+def percent(values) -> str:
+    return f"{100 * mean(values):.0f}"
+
+
+def test_the_shares_of_bad_replies_are_those_of_the_labels(readme, labels):
+    def bad(name: str) -> dict[str, str]:
+        return {model: percent(label["grade"] == 0 for label in found) for model, found in labels[name].items()}
+
+    ours, others = bad("labelled"), bad("labelled_think")
     assert f"found {ours['cold start']} % of the cold start's replies bad" in readme
     assert f"{ours['PPO']} % after PPO, {ours['GRPO']} % after GRPO" in readme
     assert f"Other graders: {others['cold start']} % after the cold start, {others['PPO']} % after PPO" in readme
     assert f"with `--think` {others['cold start, --think']} and {others['PPO, --think']} %" in readme
+
+
+def test_the_shares_of_right_acts_are_those_of_the_labels(readme, labels):
+    wanted = {profile.id: profile.task for profile in load_profiles(ROOT / "data" / "test_profiles.jsonl")}
+    before, after = (labels["labelled"][model] + labels["labelled_think"][model] for model in ("cold start", "PPO"))
+
+    def right(by: str, found: list[dict]) -> str:
+        return percent(INTENTIONS.get(label[by]) == wanted[label["id"]] for label in found)
+
+    graded = f"in {right('act', before)} % of the replies after the cold start, in {right('act', after)} % after PPO"
+    counts = f"({len(before)} and {len(after)} labels)"
+    assert f"{graded} {counts}, the offline user in {right('read', before)} and {right('read', after)} %." in readme
+
+
+@pytest.mark.parametrize(
+    "file, of, pair, words",
+    [
+        ("harder", "vanilla test users", "challenging - vanilla", "challenging less vanilla is {}"),
+        ("harder", "vanilla test users", "vanilla - open", "vanilla less open {}"),
+        ("thinking", "cold start", "think - not", "`--think` less without is {} after the cold start"),
+        ("thinking", "PPO", "think - not", "{} after PPO"),
+        ("thinking", "GRPO", "think - not", "{} after GRPO"),
+    ],
+)
+def test_a_paired_difference_is_that_of_the_persons(file, of, pair, words):
+    found = json.loads((ROOT / "results" / "laptop" / f"{file}.json").read_text(encoding="utf-8"))[of]
+    one, other = (found[name] for name in pair.split(" - "))
+    difference, error = mean_and_error([one[person] - other[person] for person in one])
+    assert len(one) == 48
+    assert [found[pair]["difference"], found[pair]["standard_error"]] == pytest.approx([difference, error], abs=0.01)
+    text = " ".join((ROOT / "results" / "README.md").read_text(encoding="utf-8").split())
+    assert words.format(f"{difference:+.1f} +- {error:.1f}") in text
 
 
 def test_a_line_holds_the_seeds_of_one_command_and_dtype(tmp_path, monkeypatch):
@@ -149,3 +194,25 @@ def test_a_figure_shows_a_dot_per_seed_and_kind(tmp_path, monkeypatch):
         assert [len(line.get_xdata()) for line in dots] == [kinds] * 4
     first = runs["think"][0]["after"]["per_intention"][INTENTIONS["motives"]][1]
     assert by_intention.lines[2].get_xdata()[list(INTENTIONS).index("motives")] == first
+
+
+def test_a_figure_compares_commands_that_are_stored():
+    stored = figures.configurations()
+    assert all(command in stored for commands in figures.FIGURES.values() for command in commands)
+
+
+def test_a_figure_of_users_shows_every_score(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, path, **settings: drawn.append(figure))
+    others = figures.other_users()
+    runs = {command: others[command] for command in figures.FIGURES["harder"]}
+    figures.draw_users(runs, tmp_path / "users.png")
+    dots = [line for line in drawn[0].axes[0].lines if len(line.get_xdata())]
+    scores = [
+        [score for score, _ in found[users]]
+        for found in runs.values()
+        for users in ("vanilla users", "challenging users")
+    ]
+    assert [list(line.get_xdata()) for line in dots] == scores
+    assert len({line.get_markerfacecolor() for line in dots}) == 3
+    assert len({line.get_ydata()[0] for line in dots}) == 6
