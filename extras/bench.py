@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ import torch
 
 import grpo
 from distributed import micro_batches
+from extras.logs import peak_memory_gb
 from generator import Generator
 from policy import DTYPES, SMOLLM2, Chat, Policy, frozen_copy, load_config, load_model, model_folder
 from rollout import Batch, instructions, make_batch
@@ -46,6 +48,12 @@ def store(name: str, figures: dict) -> None:
     for key, value in figures.items():
         print(f"{key}: {value:.3f}" if isinstance(value, float) else f"{key}: {value}")
     print(f"written: {path.relative_to(ROOT)}")
+
+
+def alone(function, *args):
+    """function(*args) in a process of its own, which has a peak of memory of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *args).result()
 
 
 def simulator(dtypes: list[str], dialogues: int = 32, delay: float = 0.2) -> None:
@@ -147,8 +155,7 @@ def rollout(dtypes: list[str], dialogues: int = 24) -> None:
     figures = {"dialogues": dialogues}
 
     def measure(dtype, name, *args):
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:  # a peak of its own
-            found = process.submit(hold, dtype, *args).result()
+        found = alone(hold, dtype, *args)
         figures.update({f"{dtype}_{name}_{key}": value for key, value in found.items()})
         return found
 
@@ -258,18 +265,20 @@ def update(
 
 
 def trl(dtypes: list[str], profiles: int = 3, group: int = 8, new_tokens: int = 24, steps: int = 4) -> None:
-    """Seconds of a GRPO step of SmolLM2: same prompts, group size, tokens per completion, KL and trained weights. Float32,
-    one turn, because that is what TRL's trainer does; the first step of each is left out as warm-up."""
+    """Seconds and peak memory of a GRPO step of SmolLM2: same prompts, group size, tokens per completion, KL and trained weights.
+    Float32, one turn, because that is what TRL's trainer does; the first step of each is left out as warm-up."""
     settings = dict(lr=1e-6, temperature=0.7, kl=0.05)
-    ours, tokens = our_steps(people(profiles), group, new_tokens, steps, settings)
-    theirs = trl_steps(people(profiles), group, new_tokens, steps, settings)
-    figures = {"dialogues": profiles * group, "group": group, "sampled_tokens": tokens}
-    figures |= {"seconds_ours": sum(ours[1:]) / (steps - 1), "seconds_trl": sum(theirs[1:]) / (steps - 1)}
-    store("trl", figures | {"ratio": figures["seconds_trl"] / figures["seconds_ours"]})
+    figures = {"trl": version("trl"), "dialogues": profiles * group, "group": group, "tokens_per_dialogue": new_tokens}
+    for name, take in (("ours", our_steps), ("trl", trl_steps)):
+        seconds, gigabytes = alone(take, people(profiles), group, new_tokens, steps, settings)
+        phases = {phase: sum(taken[1:]) / (steps - 1) for phase, taken in seconds.items()}
+        figures |= {f"{name}_{phase}_seconds": mean for phase, mean in phases.items()}
+        figures |= {f"{name}_seconds": sum(phases.values()), f"{name}_gigabytes": gigabytes}
+    store("trl", figures | {"ratio": figures["trl_seconds"] / figures["ours_seconds"]})
 
 
-def our_steps(persons: list, group: int, new_tokens: int, steps: int, settings: dict) -> tuple[list[float], int]:
-    """(seconds of each step, sampled tokens of one)."""
+def our_steps(persons: list, group: int, new_tokens: int, steps: int, settings: dict) -> tuple[dict, float]:
+    """({phase: its seconds in each step}, the process' peak of memory in GB)."""
     model, tokenizer = load_model(SMOLLM2)
     chat = Chat(tokenizer, instructions(False))
     chat.stop_ids = []  # every completion has all its tokens, there as here
@@ -277,37 +286,46 @@ def our_steps(persons: list, group: int, new_tokens: int, steps: int, settings: 
     optimizer = torch.optim.AdamW(policy.parameters(), lr=settings["lr"])
     args = SimpleNamespace(epochs=1, micro_tokens=10**6, clip=0.2, kl=settings["kl"], entropy=0.0, max_grad_norm=1.0)
     args.importance_cap, args.group = 0.0, group
-    everybody, seconds = [person for person in persons for _ in range(group)], []
+    everybody, seconds = [person for person in persons for _ in range(group)], {"rollout": [], "update": []}
     for _ in range(steps):
         start = time.perf_counter()
         dialogues = hold_dialogues(
             model, chat, Talkers(), everybody, list(range(len(everybody))), Protocol(30, 1), max_new_tokens=new_tokens,
             temperature=settings["temperature"],
         )  # fmt: skip
+        rolled_out = time.perf_counter()
         batch = make_batch(dialogues, "terminal")
         advantages_N, _ = grpo.group_advantages(batch, group, per_turn=False)
         grpo.update(policy, reference, optimizer, batch, advantages_N, args)
-        seconds.append(time.perf_counter() - start)
-    return seconds, len(batch)
+        seconds["rollout"].append(rolled_out - start)
+        seconds["update"].append(time.perf_counter() - rolled_out)
+    return seconds, peak_memory_gb()
 
 
-def trl_steps(persons: list, group: int, new_tokens: int, steps: int, settings: dict) -> list[float]:
+def trl_steps(persons: list, group: int, new_tokens: int, steps: int, settings: dict) -> tuple[dict, float]:
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    began, seconds = [], []
+    began, seconds = [], {"rollout": [], "update": []}
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
             began.append(time.perf_counter())
 
         def on_step_end(self, *args, **kwargs):
-            seconds.append(time.perf_counter() - began[-1])
+            seconds["update"].append(time.perf_counter() - began[-1] - seconds["rollout"][-1])
+
+    class Timed(GRPOTrainer):
+        def _prepare_inputs(self, inputs):  # completions, rewards and the reference's log-probs
+            start = time.perf_counter()
+            prepared = super()._prepare_inputs(inputs)
+            seconds["rollout"].append(time.perf_counter() - start)
+            return prepared
 
     turns = [{"role": "system", "content": instructions(False)}]
     prompts = [{"prompt": [*turns, {"role": "user", "content": person.first_talk}]} for person in persons]
-    trainer = GRPOTrainer(
+    trainer = Timed(
         model=str(model_folder(SMOLLM2)),
         reward_funcs=lambda completions, **_: [float(len(set(c[0]["content"].split()))) for c in completions],
         args=GRPOConfig(
@@ -321,7 +339,7 @@ def trl_steps(persons: list, group: int, new_tokens: int, steps: int, settings: 
         callbacks=[Clock()],
     )  # fmt: skip
     trainer.train()
-    return seconds
+    return seconds, peak_memory_gb()
 
 
 BENCHMARKS = {"simulator": simulator, "rollout": rollout, "decode": decode, "update": update, "trl": trl}

@@ -48,6 +48,12 @@ COLUMNS = {  # of the table: what it holds of one seed's result and metrics
     "broken formats, %": lambda run, _: run["after"]["broken_formats"],
     "minutes of training": lambda _, steps: sum(row["rollout_seconds"] + row["update_seconds"] for row in steps) / 60,
 }
+COSTS = {  # of another table
+    "rollout, s a step": lambda _, steps: mean(row["rollout_seconds"] for row in steps),
+    "update, s a step": lambda _, steps: mean(row["update_seconds"] for row in steps),
+    "sampled tokens/s of rollout": lambda _, steps: mean(row["tokens_per_second"] for row in steps),
+    "peak memory, GB": lambda _, steps: max(row["peak_memory_gb"] for row in steps),
+}
 
 
 def configuration(command: str, dtype: str) -> str:
@@ -78,15 +84,14 @@ def other_users() -> dict[str, dict[str, list[tuple[float, float]]]]:
     return dict(sorted(found.items()))
 
 
-def table() -> str:
-    """A line per configuration: the mean over its seeds, then their standard deviation; of the gain the smallest, too."""
-    lines = [f"| command | seeds | {' | '.join(COLUMNS)} | smallest gain |", "|---" * (len(COLUMNS) + 3) + "|"]
+def table(columns: dict = COLUMNS) -> str:
+    """A line per configuration: of each of `columns` the mean over its seeds, then their standard deviation."""
+    lines = [f"| command | seeds | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for command, runs in configurations().items():
         cells = []
-        for of in COLUMNS.values():
+        for of in columns.values():
             values = [of(result, metrics) for result, metrics in runs]
             cells.append(f"{mean(values):.1f}" + (f", {stdev(values):.1f}" if len(values) > 1 else ""))
-        cells.append(f"{min(result['after - before']['difference'] for result, _ in runs):.1f}")
         lines.append(f"| {command} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -173,7 +178,7 @@ def draw_users(runs: dict[str, dict[str, list[tuple[float, float]]]], path: Path
 
 
 def main() -> None:
-    print(f"{table()}\n\n{table_of_other_users()}")
+    print(f"{table()}\n\n{table_of_other_users()}\n\n{table(COSTS)}")
     stored, others = configurations(), other_users()
     for name, commands in FIGURES.items():
         draw_learning({c: [metrics for _, metrics in stored[c]] for c in commands}, LAPTOP / f"{name}.png")

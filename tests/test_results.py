@@ -71,12 +71,22 @@ def test_what_others_reach_is_theirs(pattern, title, runs, readme):
     assert " ".join(f"| {title} | {' | '.join(cells)} | {means} |".split()) in readme
 
 
-def test_the_table_of_all_runs_is_that_of_the_stored_ones():
-    assert f"\n{figures.table()}\n" in (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("kind", ["runs", "other users", "costs"])
+def test_a_table_is_that_of_the_stored_runs(kind):
+    made = {
+        "runs": figures.table,
+        "other users": figures.table_of_other_users,
+        "costs": lambda: figures.table(figures.COSTS),
+    }
+    assert f"\n{made[kind]()}\n" in (ROOT / "results" / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_table_of_other_users_is_that_of_the_stored_ones():
-    assert f"\n{figures.table_of_other_users()}\n" in (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("row, key", [("seconds of a step", "seconds"), ("GB", "gigabytes")])
+def test_what_trl_takes_is_what_was_measured(row, key):
+    found = json.loads((ROOT / "results" / "bench_trl.json").read_text(encoding="utf-8"))
+    ours, theirs = found[f"ours_{key}"], found[f"trl_{key}"]
+    cells = f"{row} | {ours:.1f} | {theirs:.1f} | {theirs / ours:.2f} |\n"
+    assert cells in (ROOT / "results" / "README.md").read_text(encoding="utf-8")
 
 
 def test_other_users_are_those_of_the_run_that_was_trained(tmp_path, monkeypatch):
@@ -175,11 +185,16 @@ def test_a_line_holds_the_seeds_of_one_command_and_dtype(tmp_path, monkeypatch):
         run = dict(command=f"train --seed {seed} --think", dtype=dtype, after=after)
         run |= dict(base={"score": 5.0}, before={"score": 40.0})
         (tmp_path / f"{name}.json").write_text(json.dumps(run | {"after - before": {"difference": gain}}))
-        (tmp_path / f"{name}_metrics.jsonl").write_text('{"rollout_seconds": 20, "update_seconds": 40}\n' * 4)
+        step = dict(rollout_seconds=20, update_seconds=40, tokens_per_second=100.0, peak_memory_gb=2.0 + gain)
+        (tmp_path / f"{name}_metrics.jsonl").write_text((json.dumps(step) + "\n") * 4)
     start, same = "5.0, 0.0 | 40.0, 0.0", "1.0, 0.0 | 2.0, 0.0 | 50.0, 0.0 | 3.0, 0.0 | 9.0, 0.0 | 4.0, 0.0 | 4.0, 0.0"
     assert figures.table().splitlines()[2:] == [
-        f"| train --think (bfloat16) | 2 | {start} | 52.0, 2.8 | 12.0, 2.8 | {same} | 10.0 |",
-        "| train --think (float32) | 1 | 5.0 | 40.0 | 45.0 | 5.0 | 1.0 | 2.0 | 50.0 | 3.0 | 9.0 | 4.0 | 4.0 | 5.0 |",
+        f"| train --think (bfloat16) | 2 | {start} | 52.0, 2.8 | 12.0, 2.8 | {same} |",
+        "| train --think (float32) | 1 | 5.0 | 40.0 | 45.0 | 5.0 | 1.0 | 2.0 | 50.0 | 3.0 | 9.0 | 4.0 | 4.0 |",
+    ]
+    assert figures.table(figures.COSTS).splitlines()[2:] == [
+        "| train --think (bfloat16) | 2 | 20.0, 0.0 | 40.0, 0.0 | 100.0, 0.0 | 14.0, 2.8 |",
+        "| train --think (float32) | 1 | 20.0 | 40.0 | 100.0 | 7.0 |",
     ]
 
 
