@@ -53,8 +53,15 @@ def slots_with_room(model, columns: int) -> int:
     return max(1, int(0.9 * free / (columns * bytes_per_token(model.config, head.dtype))))
 
 
-def check_attention(config) -> None:
-    """Raise ModelError for a model whose attention slots cannot hold."""
+def check_architecture(config) -> None:
+    """Raise ModelError for a model whose attention slots cannot hold, or whose head does not give the logits that are sampled from."""
+    if not all(hasattr(config, name) for name in ("num_attention_heads", "num_hidden_layers", "intermediate_size")):
+        raise ModelError(
+            f"{config.name_or_path}: a {type(config).__name__} is not that of a language model like Qwen2.5"
+        )
+    scales = {getattr(config, name, None) or 1 for name in ("logits_scaling", "logit_scale", "lm_head_multiplier")}
+    if scales != {1} or getattr(config, "final_logit_softcapping", None):
+        raise ModelError(f"{config.name_or_path}: changes the logits after its head, which the update would not")
     windowed = ["sliding_attention"] if getattr(config, "sliding_window", None) else []
     other = set(getattr(config, "layer_types", None) or windowed) - {"full_attention"}
     if other:
@@ -75,7 +82,7 @@ class Slots(Cache):
         super().__init__(layers=[])
         config, head = model.config, model.get_output_embeddings().weight
         self.device, self.dtype = head.device, head.dtype
-        check_attention(config)
+        check_architecture(config)
         self.backend = products if eager else backend_for(self.device, self.dtype)
         self.shape = config.num_hidden_layers, slots, *key_shape(config)
         self.keys = self.values = torch.empty(0)

@@ -50,9 +50,9 @@ def load_model(name: str, device: str = "cpu", dtype: torch.dtype | str = torch.
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     tokenizer = _from_pretrained(AutoTokenizer, name)
-    model = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype)
     if tokenizer.chat_template is None:
         raise ModelError(f"--model {name}: its tokenizer has no chat template; choose an instruct model")
+    model = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype)
     return model.to(device).eval(), tokenizer  # eval(): dropout is off in every pass, sampling and training alike
 
 
@@ -184,12 +184,17 @@ class Chat:
         turns += [{"role": "user", "content": self.USER}]
         try:
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception:  # a template without a system role: the first message carries the text
+        except Exception:  # a template without a system role
+            text = ""
+        if (
+            system not in text.split(self.USER, 1)[0]
+        ):  # nor may it stand before the last message: the first one carries it
             turns = turns[1:]
             turns[0] = {"role": "user", "content": f"{system}\n\n{turns[0]['content']}"}
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         head, rest = text.split(self.USER, 1)
         after_reply, header = rest.split(self.REPLY, 1)[1].split(self.USER, 1)
+        header = header.removesuffix("<think>\n")  # of a reasoning model: `next_prompt` opens the thinking
         self.head, self.opening_header = self._encode(head), self._encode(header)
         longest_first = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
         stop_text = next((token for token in longest_first if after_reply.startswith(token)), None)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from generator import bytes_per_token, check_attention, columns_for
+from generator import bytes_per_token, check_architecture, columns_for
 from policy import LOGITS_AT_ONCE, compute_dtype, load_config, train_upper_layers
 
 HEAD_TOKENS = 40  # before a dialogue
@@ -69,7 +69,7 @@ def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
     room for. Last, beside the device: what waits in the host's memory, and the disk that checkpoints need, new beside old.
     """
     config = load_config(args.model)
-    check_attention(config)
+    check_architecture(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     train_upper_layers(model, args.train_layers)

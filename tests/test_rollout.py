@@ -1,5 +1,6 @@
 """Rollouts: exact ids, the loss mask, think mode, seeds, and who answers whom."""
 
+import contextlib
 import copy
 import random
 from concurrent.futures import Future
@@ -7,16 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import AnyReader, tiny_model
+from conftest import TEMPLATE, AnyReader, tiny_model
 from torch.fx.experimental.proxy_tensor import make_fx
-from transformers import GenerationConfig
+from transformers import Gemma3Config, GenerationConfig, GPT2Config
 from transformers.generation import configuration_utils
 
-from generator import Generator, Slots, draw, flash, varlen
+from generator import Generator, Slots, check_architecture, draw, flash, varlen
 from offline_user import OfflineSimulator
 from policy import Chat, ModelError, Policy
-from rollout import make_batch, rollout, split_thinking
-from simulator import Protocol, UserBroken
+from rollout import Dialogue, make_batch, next_prompt, rollout, split_thinking
+from simulator import Protocol, User, UserBroken
 
 
 def hold(model, chat, profiles, *, seeds=None, turns=3, **settings):
@@ -281,6 +282,51 @@ def test_a_model_with_sliding_windows_is_refused(model, chat, profiles):
     model.config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
     with pytest.raises(ModelError, match="layers of sliding_attention"):
         hold(model, chat, profiles[:1])
+
+
+@pytest.mark.parametrize(
+    "settings, problem",
+    [
+        ({"logits_scaling": 8.0}, "changes the logits after its head"),
+        ({"logit_scale": 0.0625}, "changes the logits after its head"),
+        ({"final_logit_softcapping": 30.0}, "changes the logits after its head"),
+        ({"logits_scaling": 1.0, "logit_scale": None, "final_logit_softcapping": None}, None),
+    ],
+)
+def test_a_model_whose_head_is_not_its_last_step_is_refused(settings, problem, model, chat, profiles):
+    """The trainer takes log-probs from the head's output: it would learn about another policy than the sampler's."""
+    vars(model.config).update(settings)
+    with pytest.raises(ModelError, match=problem) if problem else contextlib.nullcontext():
+        hold(model, chat, profiles[:1])
+
+
+@pytest.mark.parametrize("kind", [GPT2Config, Gemma3Config])
+def test_a_config_without_what_is_counted_is_refused_in_words(kind):
+    with pytest.raises(ModelError, match=f"{kind.__name__} is not that of a language model like Qwen2.5"):
+        check_architecture(kind())
+
+
+BEFORE_THE_LAST_MESSAGE = (  # as Mistral does
+    "{% for m in messages if m['role'] != 'system' %}{% if m['role'] == 'user' %}[INST]"
+    "{% if loop.last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n\n' }}{% endif %}"
+    "{{ m['content'] + '[/INST]' }}{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_instructions_are_said_once_and_first_wherever_a_template_puts_them(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = BEFORE_THE_LAST_MESSAGE
+    chat = Chat(tokenizer, "Be kind.")
+    said = chat.opening("Hello.") + [chat.stop_id] + chat.between("Thanks.", True)
+    assert tokenizer.decode(said) == "[INST]Be kind.\n\nHello.[/INST]<|im_end|>[INST]Thanks.[/INST]"
+
+
+def test_thinking_is_opened_once_with_a_template_that_opens_it(tokenizer, profiles):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = TEMPLATE.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")
+    dialogue = Dialogue(User(profiles[0], 40, messages=["Hello."]), 40)
+    prompt_ids, _ = next_prompt(Chat(tokenizer, "Be kind."), dialogue, think=True)
+    assert tokenizer.decode(prompt_ids).count("<think>") == 1
 
 
 def test_seeds_decide(model, chat, profiles):
