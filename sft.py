@@ -122,6 +122,9 @@ def cold_start(
     """The folder of the model after supervised learning of its upper `layers` on what was written for `profiles`; made at most
     once for the same data, code, model, device and dtype. The loss is measured on a few `strangers`."""
     here = Path(__file__).parent
+    files = sorted(
+        (file.name, file.stat().st_mtime_ns) for file in Path(model).glob("*")
+    )  # of a folder, which may change
     parts = [
         EXCHANGES.read_bytes(),
         HINTS.read_bytes(),
@@ -131,7 +134,7 @@ def cold_start(
             for name in ("sft", "exchanges", "simulator", "policy", "rollout", "prefix_tree")
         ),
     ]
-    parts += [repr((model, think, layers, device, dtype, torch.__version__, profiles)).encode()]
+    parts += [repr((model, files, think, layers, device, dtype, torch.__version__, profiles)).encode()]
     folder = cache_folder() / f"cold-start-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}"
     if (folder / "config.json").is_file():
         return folder

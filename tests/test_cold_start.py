@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import re
+import shutil
 
 import pytest
 import torch
@@ -183,6 +184,16 @@ def test_a_cold_start_is_made_once_for_the_same_settings_and_told_on_strangers(
     assert made[0] == stories(persons[:1], told) and made[3] == stories(persons[2:3], told), "not the strangers'"
     with pytest.raises(ValueError, match="--cold-start none"):
         cold_start(**settings | dict(profiles=persons[3:4], strangers=[]))
+
+
+def test_a_folder_with_another_model_in_it_gets_another_cold_start(persons, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sft, "train_on", lambda policy, dialogues, texts: None)
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    make = lambda: cold_start(str(model), False, 1, "cpu", torch.float32, persons[:1], persons[1:2])
+    assert (first := make()) == make()
+    tiny_model(seed=1).save_pretrained(model)
+    assert make() != first
 
 
 def test_a_cold_start_asks_no_other_process(persons, tiny_folder, tmp_path, monkeypatch):
