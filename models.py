@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint import state_dict as sd
 
 from distributed import copy_weights, shard, world_size
@@ -121,7 +122,10 @@ def trainer_state(models, step: int) -> dict:
 def load_checkpoint(folder: Path, models) -> int:
     """Put what any number of ranks has saved into the models, sharded or not; return the next step."""
     state = trainer_state(models, 0)
-    dcp.load(state, checkpoint_id=folder, no_dist=world_size() == 1)
+    try:
+        dcp.load(state, checkpoint_id=folder, no_dist=world_size() == 1)
+    except CheckpointException:  # no Exception, but a BaseException
+        raise ValueError(f"--resume: {folder} holds another --algo, --model or --train-layers") from None
     for *pair, weights, moments in zip(models.modules, models.optimizers, state["modules"], state["optimizers"]):
         sd.set_state_dict(*pair, model_state_dict=weights, optim_state_dict=moments)
     models.follow()

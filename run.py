@@ -128,8 +128,7 @@ def announce(run: Run, cache_gb: float) -> None:
     args = run.args
     for name in ("metrics.jsonl", "transcripts.jsonl"):
         logs.keep_steps_before(run.out / name, run.first_step)
-    if not args.resume:
-        write_json(run.out / "config.json", vars(args))
+    write_json(run.out / "config.json", vars(args))
     where = f"{run.ranks} x {run.device}" if run.ranks > 1 else run.device
     print(
         f"{args.preset} preset: {args.algo}, {args.model}, {args.steps} steps of {args.batch} dialogues, {where}, {run.dtype}\n"

@@ -111,7 +111,7 @@ def add_algorithm_flags(parser) -> None:
     add("--batch", type=positive_int, help="dialogues per update")
     add("--group", type=positive_int, help="dialogues per profile (PPO: only with --reward delta --gamma 0, else 1)")
     add("--std", action=SWITCH, help="GRPO: divide advantages by the group's standard deviation")
-    add("--gamma", type=share, help="discount from one turn to the next")
+    add("--gamma", type=share, help="discount from one turn to the next (default: 1; preset laptop with delta: 0)")
     add("--lam", type=share, default=1.0, help="GAE lambda (PPO)")
     add("--lr", type=positive_float, help="of the policy")
     add("--critic-lr", type=positive_float, help="of the critic (PPO)")
@@ -172,6 +172,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.preset = args.preset or ("paper" if here else "laptop")
     if args.think and args.preset == "laptop" and args.max_new_tokens is None:
         args.max_new_tokens = LAPTOP_TOKENS[True]
+    if args.reward in ("terminal", "mixed") and args.gamma is None:
+        args.gamma = 1.0  # an end is also the doing of what was said first
     for name, defaults in SETTINGS.items():
         if getattr(args, name) is None:
             setattr(args, name, defaults[PRESETS.index(args.preset)])

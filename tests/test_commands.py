@@ -95,6 +95,7 @@ def test_same_seed_same_run_and_resume_equals_uninterrupted(tiny_folder, tmp_pat
     assert train.parse_args(["--out", out, "--resume"]).model == str(tiny_folder)
     assert train.parse_args(["--out", out, "--resume", "--batch", "8"]).batch == 8
     assert train.main(["--out", out, "--steps", "3", "--resume"]) == 0
+    assert train.parse_args(["--out", out, "--resume"]).steps == 3, "what is given anew holds from then on"
     assert (tmp_path / "d" / "transcripts.jsonl").read_text() == transcripts[0]
     assert metrics_of(tmp_path / "d") == metrics_of(tmp_path / "a")
     shutil.rmtree(tmp_path / "d" / "trainer-3")  # killed before the first checkpoint: the same run anew
@@ -179,6 +180,20 @@ def test_a_model_that_slots_cannot_hold_is_refused_before_anything_is_written(ti
     (other / "config.json").write_text(json.dumps(config))
     assert run(other, tmp_path / "out") == 2 and not (tmp_path / "out").exists()
     assert "model: has layers of sliding_attention; only full attention is supported" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_other_weights_is_not_gone_on_from(tiny_folder, tmp_path, capsys):
+    assert run(tiny_folder, tmp_path / "out", "--no-eval", "--algo", "grpo", "--group", 2) == 0
+    for flags in (["--algo", "ppo"], ["--algo", "grpo", "--group", 2, "--train-layers", 3]):
+        assert run(tiny_folder, tmp_path / "out", "--no-eval", "--steps", 2, "--resume", *flags) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("train.py: --resume:") and error.endswith("another --algo, --model or --train-layers")
+
+
+@pytest.mark.parametrize("reward, gamma", [("delta", 0.0), ("mixed", 1.0), ("terminal", 1.0)])
+def test_a_reward_at_the_end_is_credited_to_what_was_said_before(reward, gamma):
+    assert train.parse_args(["--preset", "laptop", "--reward", reward]).gamma == gamma
+    assert train.parse_args(["--preset", "laptop", "--reward", reward, "--gamma", "0.5"]).gamma == 0.5
 
 
 def test_the_disk_must_hold_the_checkpoints(tiny_folder, tmp_path, monkeypatch, capsys):
