@@ -11,7 +11,7 @@
     --tasks gsm8k,ifeval                                  what training may have cost, by lm_eval
 
 success: final emotion >= 100. failure: final emotion < 10. With several seeds a profile's score is the mean over them; the
-standard error is over profiles. Everything that defines a score is in the result; report.html beside it shows it.
+standard error is over profiles. Everything that defines a score is in the result; the page beside it, RESULT.html, shows it.
 """
 
 import argparse
@@ -244,6 +244,8 @@ def check(args) -> None:
     is_url = not args.judge or (args.judge.startswith(("http://", "https://")) and "@" not in args.judge)
     if not is_url or (args.judge and not args.judge_model):
         raise ValueError("--judge: needs an http:// or https:// URL without a key (RLVER_API_KEY), and --judge-model")
+    if Path(args.out).is_dir():
+        raise ValueError(f"--out {args.out}: is a folder; name a file, like {Path(args.out) / 'evaluation.json'}")
     if args.tasks:
         require_lm_eval()
 
@@ -282,7 +284,7 @@ def score(args) -> None:
         if problem := results[name].get("judged", {}).get("last_problem"):
             notes.append(f"The judge skipped dialogues of {name}, the last one because: {problem}")
     print("", *notes, sep="\n")
-    page = Path(args.out).with_name("report.html")
+    page = Path(args.out).with_suffix(".html")
     write_report(page, dialogues, results, notes)
     print(f"\nwritten: {args.out} and {page}")
 

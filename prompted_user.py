@@ -161,8 +161,8 @@ def parse_appraisal(text: str, alone: bool = False) -> Appraisal:
     change = read_change(sections.get("Change", ""))
     if change is None:
         raise Malformed("the section 'Change' with one whole number from -10 to 10 is missing")
-    kept = {name: sections[name] for name in APPRAISE_SECTIONS[:-1] if name in sections}
-    return Appraisal(min(10, max(-10, change)), sections=kept)
+    reasons = {name: sections[name] for name in APPRAISE_SECTIONS[:-1] if name in sections}
+    return Appraisal(min(10, max(-10, change)), sections=reasons or sections)
 
 
 def _case(user: User, reply: str | None, appraisal: Appraisal | None = None, emotion: int | None = None) -> str:

@@ -126,7 +126,7 @@ def test_transcripts_alone_make_a_report_and_a_comparison(chat, simulator, profi
     paired = evaluate.compare(stored["after"], stored["before"])
     assert paired["pairs"] == 6 and paired["difference"] != 0
     assert result["results"]["difference"] == paired and evaluate.verdict("after", "before", paired) in said
-    html, (first, *others) = (tmp_path / "report.html").read_text(encoding="utf-8"), result["dialogues"]["after"]
+    html, (first, *others) = (tmp_path / "result.html").read_text(encoding="utf-8"), result["dialogues"]["after"]
     assert str(escape(first["history"][1]["content"])) in html and html.count("class='case'") == 1 + len(others)
 
 
@@ -307,7 +307,7 @@ def test_other_users_and_a_held_out_judge_in_one_call(flags, tiny_folder, tmp_pa
     schema = asked["response_format"]["json_schema"]["schema"]
     assert asked["temperature"] == 0 and {kind["type"] for kind in schema["properties"].values()} == {"integer"}
     assert "emotion" not in asked["messages"][1]["content"]
-    said, html = capsys.readouterr().out, (tmp_path / "report.html").read_text(encoding="utf-8")
+    said, html = capsys.readouterr().out, (tmp_path / "result.html").read_text(encoding="utf-8")
     assert (
         "score with user: held-out judge" in said
         and "judge: core insight" in said
@@ -381,6 +381,7 @@ def test_tasks_through_a_stubbed_lm_eval(flags, tiny_folder, tmp_path, monkeypat
         (["--judge", "http://me:secret@localhost:1/v1", "--judge-model", "m"], "--judge"),
         (["--transcripts", "x.jsonl", "--beyond"], "--transcripts: --beyond, --tracking and --tasks need a --model"),
         (["--tasks", "gsm8k"], "--tasks: package not installed; run `pip install"),
+        (["--out", "."], "--out .: is a folder"),
     ],
 )
 def test_what_cannot_work_is_said_at_once(flags, tmp_path, capsys, monkeypatch, more, named):

@@ -407,6 +407,16 @@ def test_a_malformed_answer_is_asked_for_once_more_with_the_error_named(profiles
     assert stub.requests[1]["messages"][2]["content"] == "Change: -5"
 
 
+def test_a_change_that_was_asked_for_alone_is_its_own_reason(model, chat, profiles, tmp_path):
+    """Such a dialogue adds up, and the user who goes on is told of nothing but the change."""
+    again = lambda text: "Change: -5" if text.endswith("Change: ") else None
+    with Stub(lambda count, system, text: "Change: up" if count == 1 else again(text)) as stub:
+        dialogues = hold(model, chat, PromptedSimulator(server(stub)), profiles[:1])
+    (tmp_path / "t.json").write_text(json.dumps([transcript_of(dialogue) for dialogue in dialogues]), encoding="utf-8")
+    assert set(dialogues[0].turns[0].reaction.appraisal.sections) == {"Change"}
+    assert evaluate.main(["--verify", str(tmp_path / "t.json")]) == 0
+
+
 def test_a_server_that_refuses_the_schema_is_asked_without(profiles):
     for takes in (True, False):
         with Stub(schema=takes) as stub:
@@ -681,6 +691,30 @@ def test_a_run_goes_on_without_half_of_its_users_and_keeps_its_steps_when_all_br
     assert metrics.read_text().startswith(before)
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [(row["step"], row["dropped"]) for row in rows] == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_a_validation_without_users_keeps_the_steps_before_it(tiny_folder, tmp_path, capsys):
+    lines = (ROOT / "data" / "validation_profiles.jsonl").read_text(encoding="utf-8").splitlines()[:2]
+    (tmp_path / "two.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    players = [json.loads(line)["player"] for line in lines]
+    with Stub(lambda count, system, text: (401, {}, b"", 0) if any(p in text for p in players) else None) as stub:
+        flags = (
+            "--group",
+            "2",
+            "--simulator",
+            stub.url,
+            "--simulator-model",
+            "stub",
+            "--steps",
+            "3",
+            "--eval-every",
+            "1",
+        )
+        flags += ("--validation-profiles", str(tmp_path / "two.jsonl"))
+        assert tiny_train(tiny_folder, tmp_path / "o", *flags) == 2
+    error = capsys.readouterr().err
+    assert "step 1: 2 of 2 simulated users broke down" in error and "go on with --resume" in error
+    assert (tmp_path / "o" / "trainer-1").is_dir() and not (tmp_path / "o" / "best").exists()
 
 
 @pytest.mark.parametrize("algo, think", [("ppo", ()), ("grpo", ("--think",))])
