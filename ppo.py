@@ -8,6 +8,7 @@ Sections, the same as in grpo.py, to be read side by side
 Deliberate deviations from the paper
     - GAE runs over the sampled tokens of a dialogue, in order, as if nothing lay between them: the user's words are the
       environment and take no step. `gamma` applies once, from a turn's last token to the next turn's first; the paper's is 1.
+    - Advantages get mean 0 and deviation 1 over the whole batch (`whiten`).
     - A dialogue at the turn limit is treated as ended: its emotion is final and nothing is bootstrapped.
     - Sampler and trainer round differently: the surrogate is weighted by trainer / sampler (--importance-cap 0: the paper's).
     - With `delta` and gamma 0, a group's dialogues share their history: no return reaches that far, and it costs less.

@@ -9,7 +9,7 @@ Sections
 
 Deliberate deviations from the paper
     - With --think the prompt already opens the thinking ("<think>"), as in the templates of today's reasoning models.
-    - A reply that breaks the think format ends its dialogue at emotion 0: there is nothing that the user could read.
+    - A reply that breaks the think format counts as emotion 0: there is nothing that the user could read, and the dialogue ends.
     - A turn cut by the token limit is closed with a stop token that is not trained on, and shown to the user as it is.
     - A dialogue that reaches the turn limit ends there: its emotion is the final one, nothing is bootstrapped.
     - Dialogues can share their history, so that the replies which are compared answer the same message (`together`).
@@ -275,7 +275,8 @@ class Talks:
                 self.speaking.append(reply)
 
     def say(self, reply: Reply, stopped: bool) -> None:
-        """Every user answers its own dialogue, whatever has ended meanwhile. A broken format ends it: nobody can read that."""
+        """Every user answers its own dialogue, whatever has ended meanwhile. A broken format, which nobody can read, ends it (where
+        a history is shared, if it is the first one's)."""
         dialogue = self.dialogues[reply.dialogue]
         thinking, text, format_ok = split_thinking(self.chat.decode(reply.sampled_ids), self.think)
         ids = reply.prompt_ids, reply.sampled_ids, reply.log_probs

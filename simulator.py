@@ -27,7 +27,8 @@ from pathlib import Path
 
 # --- 1. Profiles ------------------------------------------------------------------------------------------------------
 
-# The eight hidden intentions: key -> the `task` sentence that a profile carries. The user never says it.
+# The eight hidden intentions: key -> the `task` sentence that a profile carries. A prompted user never says it; hints of
+# an offline one end up asking outright.
 INTENTIONS = {
     "advice": "You want advice that really helps you out of the situation you are in.",
     "empathy": "You want the other to feel deeply what you feel, rather than to comfort you.",

@@ -160,9 +160,9 @@ def test_the_shares_of_right_acts_are_those_of_the_labels(readme, labels):
 @pytest.mark.parametrize(
     "file, of, pair, words",
     [
-        ("harder", "vanilla test users", "challenging - vanilla", "challenging less vanilla is {}"),
-        ("harder", "vanilla test users", "vanilla - open", "vanilla less open {}"),
-        ("thinking", "cold start", "think - not", "`--think` less without is {} after the cold start"),
+        ("harder", "vanilla test users", "challenging - vanilla", "challenging - vanilla is {}"),
+        ("harder", "vanilla test users", "vanilla - open", "vanilla - open {}"),
+        ("thinking", "cold start", "think - not", "`--think` - without it is {} after the cold start"),
         ("thinking", "PPO", "think - not", "{} after PPO"),
         ("thinking", "GRPO", "think - not", "{} after GRPO"),
     ],
