@@ -32,11 +32,20 @@ FIGURES = {  # name: the commands that it compares
         "python train.py --algo grpo --difficulty vanilla (bfloat16)",
         "python train.py --algo grpo --difficulty challenging (bfloat16)",
     ),
+    "rewards": (
+        "python train.py --algo grpo (bfloat16)",
+        "python train.py --algo grpo --reward terminal --gamma 1 (bfloat16)",
+    ),
+    "updates": (
+        "python train.py --algo grpo (bfloat16)",
+        "python train.py --algo grpo --kl 0 (bfloat16)",
+        "python train.py --algo grpo --std (bfloat16)",
+    ),
 }
 LOOKS = ("-", "black"), ("--", "white"), (":", "grey")  # of a line, of a dot: readable in grey
 USERS = "vanilla users", "another reader", "adversarial users", "challenging users"  # first those of a run's own test
 COLUMNS = {  # of the table: what it holds of one seed's result and metrics
-    "base": lambda run, _: run["base"]["score"],
+    "base": lambda run, _: run.get("base", run["before"])["score"],  # without a cold start the same
     "cold start": lambda run, _: run["before"]["score"],
     "trained": lambda run, _: run["after"]["score"],
     "gain over the cold start": lambda run, _: run["after - before"]["difference"],
@@ -115,6 +124,8 @@ def draw_learning(runs: dict[str, list[list[dict]]], path: Path) -> None:
     for axis, (key, label) in zip(figure.subplots(2, 2).flat, PANELS.items()):
         for number, (name, seeds) in enumerate(runs.items()):
             values = [[row[key] for row in rows] for rows in zip(*seeds)]  # by step
+            if not any(map(any, values)):
+                continue  # a KL that nobody has measured: --kl 0 keeps no reference
             steps, middle = range(1, 1 + len(values)), [mean(value) for value in values]
             spread = [stdev(value) if len(seeds) > 1 else 0 for value in values]
             axis.plot(steps, middle, LOOKS[number][0], color="black", label=f"{name}, seeds: {len(seeds)}")

@@ -122,7 +122,7 @@ def test_what_else_the_table_says_is_theirs(title, of, runs, readme):
 def labels():
     """{file: {model: its labels}}"""
     found = {}
-    for name in ("labelled", "labelled_think"):
+    for name in ("labelled", "labelled_think", "labelled_variants"):
         found[name] = {}
         for line in (ROOT / "results" / "laptop" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
             label = json.loads(line)
@@ -145,6 +145,22 @@ def test_the_shares_of_bad_replies_are_those_of_the_labels(readme, labels):
     assert f"with `--think` {others['cold start, --think']} and {others['PPO, --think']} %" in readme
 
 
+def test_the_shares_of_good_and_bad_replies_of_variants_are_those_of_the_labels(labels):
+    def shares(model: str, graders: int) -> tuple[str, str]:
+        found = [label for label in labels["labelled_variants"][model] if label["graders"] == graders]
+        assert len(found) == 120
+        return percent(label["grade"] == 0 for label in found), percent(label["grade"] >= 2 for label in found)
+
+    (bad, good), (others_bad, others_good) = shares("GRPO, --kl 0", 1), shares("GRPO", 1)
+    text = " ".join((ROOT / "results" / "README.md").read_text(encoding="utf-8").split())
+    assert (
+        f"graders find {bad} +- 4 % of the replies bad, not {others_bad} +- 5, and {good} % good, not {others_good}"
+        in text
+    )
+    (bad, good), (others_bad, others_good) = shares("GRPO, --std", 2), shares("GRPO", 2)
+    assert bad == others_bad and f"find {bad} % bad in both, and {good} +- 2 % good, not {others_good} +- 3" in text
+
+
 def test_the_shares_of_right_acts_are_those_of_the_labels(readme, labels):
     wanted = {profile.id: profile.task for profile in load_profiles(ROOT / "data" / "test_profiles.jsonl")}
     before, after = (labels["labelled"][model] + labels["labelled_think"][model] for model in ("cold start", "PPO"))
@@ -162,6 +178,9 @@ def test_the_shares_of_right_acts_are_those_of_the_labels(readme, labels):
     [
         ("harder", "vanilla test users", "challenging - vanilla", "challenging - vanilla is {}"),
         ("harder", "vanilla test users", "vanilla - open", "vanilla - open {}"),
+        ("variants", "vanilla test users", "terminal - delta", "it ends {} from that"),
+        ("variants", "vanilla test users", "KL 0 - delta", "Without the KL it ends {} from it"),
+        ("variants", "vanilla test users", "std - delta", "(`--std`) it ends {} from it"),
         ("thinking", "cold start", "think - not", "`--think` - without it is {} after the cold start"),
         ("thinking", "PPO", "think - not", "{} after PPO"),
         ("thinking", "GRPO", "think - not", "{} after GRPO"),
@@ -209,6 +228,17 @@ def test_a_figure_shows_a_dot_per_seed_and_kind(tmp_path, monkeypatch):
         assert [len(line.get_xdata()) for line in dots] == [kinds] * 4
     first = runs["think"][0]["after"]["per_intention"][INTENTIONS["motives"]][1]
     assert by_intention.lines[2].get_xdata()[list(INTENTIONS).index("motives")] == first
+
+
+def test_a_kl_that_nobody_has_measured_is_not_drawn(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, path, **settings: drawn.append(figure))
+    runs = {
+        "with": [[dict.fromkeys(figures.PANELS, 0.5)] * 3],
+        "without": [[dict.fromkeys(figures.PANELS, 0.5) | {"kl": 0}] * 3],
+    }
+    figures.draw_learning(runs, tmp_path / "learning.png")
+    assert [len(axis.lines) for axis in drawn[0].axes] == [1 if key == "kl" else 2 for key in figures.PANELS]
 
 
 def test_a_figure_compares_commands_that_are_stored():
