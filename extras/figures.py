@@ -36,6 +36,10 @@ FIGURES = {  # name: the commands that it compares
         "python train.py --algo grpo (bfloat16)",
         "python train.py --algo grpo --reward terminal --gamma 1 (bfloat16)",
     ),
+    "cold_start": (
+        "python train.py --algo grpo (bfloat16)",
+        "python train.py --algo grpo --cold-start none (bfloat16)",
+    ),
     "updates": (
         "python train.py --algo grpo (bfloat16)",
         "python train.py --algo grpo --kl 0 (bfloat16)",
