@@ -244,8 +244,8 @@ def check(args) -> None:
     is_url = not args.judge or (args.judge.startswith(("http://", "https://")) and "@" not in args.judge)
     if not is_url or (args.judge and not args.judge_model):
         raise ValueError("--judge: needs an http:// or https:// URL without a key (RLVER_API_KEY), and --judge-model")
-    if Path(args.out).is_dir():
-        raise ValueError(f"--out {args.out}: is a folder; name a file, like {Path(args.out) / 'evaluation.json'}")
+    if Path(args.out).is_dir() or Path(args.out).suffix == ".html":  # the page's
+        raise ValueError(f"--out {args.out}: must be a file like result.json")
     if args.tasks:
         require_lm_eval()
 

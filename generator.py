@@ -55,10 +55,9 @@ def slots_with_room(model, columns: int) -> int:
 
 def check_architecture(config) -> None:
     """Raise ModelError for a model whose attention slots cannot hold, or whose head does not give the logits that are sampled from."""
-    if not all(hasattr(config, name) for name in ("num_attention_heads", "num_hidden_layers", "intermediate_size")):
-        raise ModelError(
-            f"{config.name_or_path}: a {type(config).__name__} is not that of a language model like Qwen2.5"
-        )
+    for name in ("num_attention_heads", "num_hidden_layers", "intermediate_size"):
+        if not hasattr(config, name):
+            raise ModelError(f"{config.name_or_path}: its config has no {name}; it must be built like Llama or Qwen2.5")
     scales = {getattr(config, name, None) or 1 for name in ("logits_scaling", "logit_scale", "lm_head_multiplier")}
     if scales != {1} or getattr(config, "final_logit_softcapping", None):
         raise ModelError(f"{config.name_or_path}: changes the logits after its head, which the update would not")

@@ -186,9 +186,7 @@ class Chat:
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except Exception:  # a template without a system role
             text = ""
-        if (
-            system not in text.split(self.USER, 1)[0]
-        ):  # nor may it stand before the last message: the first one carries it
+        if system not in text.split(self.USER, 1)[0]:  # nor before the last message alone: the first one carries it
             turns = turns[1:]
             turns[0] = {"role": "user", "content": f"{system}\n\n{turns[0]['content']}"}
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

@@ -15,9 +15,10 @@ Deliberate deviations from the paper, laptop preset only
     - `delta` rewards without discount over turns (gamma 0): each reply is credited with the emotion change that it caused
       itself. 24 steps are hardly enough to find out which of several replies earned a final emotion. And so a group can share
       its history, which is computed once (`rollout(together=...)`): GRPO compares replies to the same message.
-    - GRPO's advantages are not divided by the group's standard deviation: where all replies miss, what differs is noise.
+    - GRPO's advantages are not divided by the group's standard deviation: where all replies miss, what differs is noise. With --std
+      the score is higher, further from the cold start, and no more sense is shown (results/README.md).
     - A KL to the model after the cold start: without it GRPO's score rose further, and the replies made less sense, which the reader
-      does not see (results/laptop/choices).
+      does not see (results/laptop/choices, labelled_variants.jsonl).
     - Sampling at temperature 0.7: at temperature 1 a 135M model writes noise. All log-probs are of that same policy.
     - A cold start (sft.py), six turns in training, with users who ask outright from the first message on (`--difficulty open`);
       held-out users hint only when a reply has missed, for nine turns.
@@ -166,6 +167,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     if args.resume and stored.is_file():  # the run's own flags, unless they are given anew
         skip = ("resume", "out", "plan", "gpus", "gpu_memory")
         settings = json.loads(stored.read_text(encoding="utf-8"))
+        if args.reward not in (None, settings["reward"]):
+            skip += ("gamma",)  # another reward has a default of its own
         parser.set_defaults(**{name: value for name, value in settings.items() if name not in skip})
         args = parser.parse_args(argv)
     here = torch.cuda.is_available()

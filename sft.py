@@ -122,9 +122,7 @@ def cold_start(
     """The folder of the model after supervised learning of its upper `layers` on what was written for `profiles`; made at most
     once for the same data, code, model, device and dtype. The loss is measured on a few `strangers`."""
     here = Path(__file__).parent
-    files = sorted(
-        (file.name, file.stat().st_mtime_ns) for file in Path(model).glob("*")
-    )  # of a folder, which may change
+    files = [(file.name, file.stat().st_mtime_ns) for file in sorted(Path(model).glob("*"))]  # a folder's may change
     parts = [
         EXCHANGES.read_bytes(),
         HINTS.read_bytes(),

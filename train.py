@@ -47,7 +47,8 @@ def train(args: Namespace) -> None:
         profiles = draw_profiles(run.train_profiles, step, args.batch // args.group, args.seed)  # 1
         dialogues = hold_dialogues(run, step, profiles)  # 2
         transcripts = write_transcripts(run, step, dialogues)
-        stop_if_broken(run, step, [d.dropped for d in dialogues], saved=step % args.save_every == 0)
+        saved = step % args.save_every == 0  # by the step before
+        stop_if_broken(run, step, [d.dropped for d in dialogues], saved, "simulated")
         batch = make_batch(dialogues, args.reward)  # 3
         clock.append(time.perf_counter())
         metrics = update(run, step, batch)  # 4
@@ -105,16 +106,16 @@ def write_transcripts(run: Run, step: int, dialogues: list[Dialogue]) -> list[di
     return transcripts
 
 
-def stop_if_broken(run: Run, step: int, dropped: list[str], saved: bool) -> None:
+def stop_if_broken(run: Run, step: int, dropped: list[str], saved: bool, kind: str) -> None:
     """Save, unless that is done, and raise UserBroken when too many dialogues were dropped, or fewer are left than ranks.
-    `dropped`: of each dialogue the reason or ""."""
+    `dropped`: of each dialogue with users of this `kind` the reason or ""."""
     reasons = [reason for reason in dropped if reason]
     if len(reasons) <= min(MOST_DROPPED * len(dropped), len(dropped) - run.ranks):
         return
     if step > run.first_step and not saved:
         save_checkpoint(run.out, step, run.models)
     again = "go on with --resume" if last_checkpoint(run.out) else "start again"
-    problem = f"{len(reasons)} of {len(dropped)} simulated users broke down, most recently: {reasons[-1]}"
+    problem = f"{len(reasons)} of {len(dropped)} {kind} users broke down, most recently: {reasons[-1]}"
     raise UserBroken(f"step {step}: {problem}; mend the simulator and {again}")
 
 
@@ -166,7 +167,7 @@ def validate(run: Run, step: int) -> bool:
     if not args.eval_every or (step + 1) % args.eval_every:
         return False
     transcripts = held_out(run, run.models.sampler, run.validation_profiles)
-    stop_if_broken(run, step + 1, [transcript["dropped"] for transcript in transcripts], saved=False)
+    stop_if_broken(run, step + 1, [t["dropped"] for t in transcripts], saved=False, kind="validation")
     score = summarize(transcripts)["score"]
     so_far = json.loads(best.read_text()) if run.main and best.exists() else [-1.0, 0]
     best_score, best_step = broadcast_object_list(so_far)  # a shared disk may still show others an old one

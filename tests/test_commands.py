@@ -187,13 +187,17 @@ def test_a_checkpoint_of_other_weights_is_not_gone_on_from(tiny_folder, tmp_path
     for flags in (["--algo", "ppo"], ["--algo", "grpo", "--group", 2, "--train-layers", 3]):
         assert run(tiny_folder, tmp_path / "out", "--no-eval", "--steps", 2, "--resume", *flags) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith("train.py: --resume:") and error.endswith("another --algo, --model or --train-layers")
+        assert error.startswith("train.py: --resume:") and "another --algo, --model or --train-layers? (" in error
 
 
 @pytest.mark.parametrize("reward, gamma", [("delta", 0.0), ("mixed", 1.0), ("terminal", 1.0)])
-def test_a_reward_at_the_end_is_credited_to_what_was_said_before(reward, gamma):
+def test_a_reward_at_the_end_is_credited_to_what_was_said_before(reward, gamma, tmp_path):
     assert train.parse_args(["--preset", "laptop", "--reward", reward]).gamma == gamma
     assert train.parse_args(["--preset", "laptop", "--reward", reward, "--gamma", "0.5"]).gamma == 0.5
+    for given in ("delta", "terminal"):
+        (tmp_path / "config.json").write_text(json.dumps({"preset": "laptop", "reward": given, "gamma": 0.25}))
+        resumed = train.parse_args(["--resume", "--out", str(tmp_path), "--reward", reward])
+        assert resumed.gamma == (0.25 if reward == given else gamma)
 
 
 def test_the_disk_must_hold_the_checkpoints(tiny_folder, tmp_path, monkeypatch, capsys):

@@ -381,7 +381,8 @@ def test_tasks_through_a_stubbed_lm_eval(flags, tiny_folder, tmp_path, monkeypat
         (["--judge", "http://me:secret@localhost:1/v1", "--judge-model", "m"], "--judge"),
         (["--transcripts", "x.jsonl", "--beyond"], "--transcripts: --beyond, --tracking and --tasks need a --model"),
         (["--tasks", "gsm8k"], "--tasks: package not installed; run `pip install"),
-        (["--out", "."], "--out .: is a folder"),
+        (["--out", "."], "--out .: must be a file"),
+        (["--out", "page.html"], "--out page.html: must be a file"),
     ],
 )
 def test_what_cannot_work_is_said_at_once(flags, tmp_path, capsys, monkeypatch, more, named):

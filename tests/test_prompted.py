@@ -713,7 +713,7 @@ def test_a_validation_without_users_keeps_the_steps_before_it(tiny_folder, tmp_p
         flags += ("--validation-profiles", str(tmp_path / "two.jsonl"))
         assert tiny_train(tiny_folder, tmp_path / "o", *flags) == 2
     error = capsys.readouterr().err
-    assert "step 1: 2 of 2 simulated users broke down" in error and "go on with --resume" in error
+    assert "step 1: 2 of 2 validation users broke down" in error and "go on with --resume" in error
     assert (tmp_path / "o" / "trainer-1").is_dir() and not (tmp_path / "o" / "best").exists()
 
 

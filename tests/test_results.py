@@ -146,19 +146,18 @@ def test_the_shares_of_bad_replies_are_those_of_the_labels(readme, labels):
 
 
 def test_the_shares_of_good_and_bad_replies_of_variants_are_those_of_the_labels(labels):
-    def shares(model: str, graders: int) -> tuple[str, str]:
+    def shares(model: str, graders: int) -> tuple[int, str]:
         found = [label for label in labels["labelled_variants"][model] if label["graders"] == graders]
-        assert len(found) == 120
-        return percent(label["grade"] == 0 for label in found), percent(label["grade"] >= 2 for label in found)
+        assert len(found) == (60 if "terminal" in model else 120)
+        return sum(label["grade"] >= 2 for label in found), percent(label["grade"] == 0 for label in found)
 
-    (bad, good), (others_bad, others_good) = shares("GRPO, --kl 0", 1), shares("GRPO", 1)
     text = " ".join((ROOT / "results" / "README.md").read_text(encoding="utf-8").split())
-    assert (
-        f"graders find {bad} +- 4 % of the replies bad, not {others_bad} +- 5, and {good} % good, not {others_good}"
-        in text
-    )
-    (bad, good), (others_bad, others_good) = shares("GRPO, --std", 2), shares("GRPO", 2)
-    assert bad == others_bad and f"find {bad} % bad in both, and {good} +- 2 % good, not {others_good} +- 3" in text
+    (good, bad), (others_good, others_bad) = shares("GRPO, --kl 0", 1), shares("GRPO", 1)
+    assert f"graders find {good} good, not {others_good}, and {bad} +- 4 % bad, not {others_bad} +- 5" in text
+    (good, bad), (others_good, others_bad) = shares("GRPO, --std", 2), shares("GRPO", 2)
+    assert bad == others_bad and f"find {good} of 120 replies good, not {others_good}, and {bad} % bad in both" in text
+    good, bad = shares("GRPO, --reward terminal --gamma 1", 2)
+    assert f"they find {good} of 60 good, {bad} +- 6 % bad" in text
 
 
 def test_the_shares_of_right_acts_are_those_of_the_labels(readme, labels):
