@@ -125,10 +125,9 @@ def load_checkpoint(folder: Path, models) -> int:
     try:
         dcp.load(state, checkpoint_id=folder, no_dist=world_size() == 1)
     except CheckpointException as error:  # no Exception, but a BaseException
-        reason = str(next(iter(error.failures.values()))[0]).splitlines()[0][:160]
-        raise ValueError(
-            f"--resume: {folder} does not fit; another --algo, --model or --train-layers? ({reason})"
-        ) from None
+        reason, _ = next(iter(error.failures.values()))
+        problem = f"does not fit; another --algo, --model or --train-layers? ({reason!r:.160})"
+        raise ValueError(f"--resume: {folder} {problem}") from None
     for *pair, weights, moments in zip(models.modules, models.optimizers, state["modules"], state["optimizers"]):
         sd.set_state_dict(*pair, model_state_dict=weights, optim_state_dict=moments)
     models.follow()

@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import platform
 import random
-import resource
 import sys
 import threading
 import time
@@ -27,7 +26,7 @@ import torch
 
 import grpo
 from distributed import micro_batches
-from extras.logs import peak_memory_gb
+from extras.logs import host_peak_gb
 from generator import Generator
 from policy import DTYPES, SMOLLM2, Chat, Policy, frozen_copy, load_config, load_model, model_folder
 from rollout import Batch, instructions, make_batch
@@ -131,7 +130,7 @@ def hold(dtype: str, way: str, dialogues: int, turns: int, slowest: float = 0.0)
     profiles = people(dialogues)
     model, tokenizer = load_model(SMOLLM2, "cpu", DTYPES[dtype])
     chat, talkers = Chat(tokenizer, instructions(False)), Talkers(slowest)
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    loaded = host_peak_gb()
     start = time.perf_counter()
     if way == "generate":
         lengths = generate_anew(model, chat, talkers, profiles, turns, 32, 0.7)
@@ -146,7 +145,7 @@ def hold(dtype: str, way: str, dialogues: int, turns: int, slowest: float = 0.0)
         "tokens": sum(lengths),
         "tokens_per_second": sum(lengths) / seconds,
         "longest_wait": max(talkers.waited.values()),
-        "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 - loaded,
+        "gigabytes": host_peak_gb() - loaded,
     }
 
 
@@ -299,7 +298,7 @@ def our_steps(persons: list, group: int, new_tokens: int, steps: int, settings: 
         grpo.update(policy, reference, optimizer, batch, advantages_N, args)
         seconds["rollout"].append(rolled_out - start)
         seconds["update"].append(time.perf_counter() - rolled_out)
-    return seconds, peak_memory_gb()
+    return seconds, host_peak_gb()
 
 
 def trl_steps(persons: list, group: int, new_tokens: int, steps: int, settings: dict) -> tuple[dict, float]:
@@ -339,7 +338,7 @@ def trl_steps(persons: list, group: int, new_tokens: int, steps: int, settings: 
         callbacks=[Clock()],
     )  # fmt: skip
     trainer.train()
-    return seconds, peak_memory_gb()
+    return seconds, host_peak_gb()
 
 
 BENCHMARKS = {"simulator": simulator, "rollout": rollout, "decode": decode, "update": update, "trl": trl}

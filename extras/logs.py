@@ -57,6 +57,11 @@ def rollout_metrics(dialogues: list[Dialogue], transcripts: list[dict], reward: 
 def peak_memory_gb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
+    return host_peak_gb()
+
+
+def host_peak_gb() -> float:
+    """Of this process, so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 

@@ -698,19 +698,8 @@ def test_a_validation_without_users_keeps_the_steps_before_it(tiny_folder, tmp_p
     (tmp_path / "two.jsonl").write_text("\n".join(lines), encoding="utf-8")
     players = [json.loads(line)["player"] for line in lines]
     with Stub(lambda count, system, text: (401, {}, b"", 0) if any(p in text for p in players) else None) as stub:
-        flags = (
-            "--group",
-            "2",
-            "--simulator",
-            stub.url,
-            "--simulator-model",
-            "stub",
-            "--steps",
-            "3",
-            "--eval-every",
-            "1",
-        )
-        flags += ("--validation-profiles", str(tmp_path / "two.jsonl"))
+        flags = ("--group", "2", "--simulator", stub.url, "--simulator-model", "stub", "--steps", "3")
+        flags += ("--eval-every", "1", "--validation-profiles", str(tmp_path / "two.jsonl"))
         assert tiny_train(tiny_folder, tmp_path / "o", *flags) == 2
     error = capsys.readouterr().err
     assert "step 1: 2 of 2 validation users broke down" in error and "go on with --resume" in error

@@ -24,10 +24,19 @@ def runs():
     return stored("seed?_bfloat16.json")
 
 
+def words_of(page: str) -> str:
+    """Wherever its lines end."""
+    return " ".join((ROOT / page).read_text(encoding="utf-8").split())
+
+
 @pytest.fixture
 def readme():
-    """Its words, wherever its lines end."""
-    return " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    return words_of("README.md")
+
+
+@pytest.fixture
+def results_page():
+    return words_of("results/README.md")
 
 
 def row(title: str, cells: list[str], values: list[float], form: str = ".1f") -> str:
@@ -145,19 +154,19 @@ def test_the_shares_of_bad_replies_are_those_of_the_labels(readme, labels):
     assert f"with `--think` {others['cold start, --think']} and {others['PPO, --think']} %" in readme
 
 
-def test_the_shares_of_good_and_bad_replies_of_variants_are_those_of_the_labels(labels):
+def test_the_shares_of_good_and_bad_replies_of_variants_are_those_of_the_labels(results_page, labels):
     def shares(model: str, graders: int) -> tuple[int, str]:
         found = [label for label in labels["labelled_variants"][model] if label["graders"] == graders]
         assert len(found) == (60 if "terminal" in model else 120)
         return sum(label["grade"] >= 2 for label in found), percent(label["grade"] == 0 for label in found)
 
-    text = " ".join((ROOT / "results" / "README.md").read_text(encoding="utf-8").split())
     (good, bad), (others_good, others_bad) = shares("GRPO, --kl 0", 1), shares("GRPO", 1)
-    assert f"graders find {good} good, not {others_good}, and {bad} +- 4 % bad, not {others_bad} +- 5" in text
+    assert f"graders find {good} good, not {others_good}, and {bad} +- 4 % bad, not {others_bad} +- 5" in results_page
     (good, bad), (others_good, others_bad) = shares("GRPO, --std", 2), shares("GRPO", 2)
-    assert bad == others_bad and f"find {good} of 120 replies good, not {others_good}, and {bad} % bad in both" in text
+    assert bad == others_bad
+    assert f"find {good} of 120 replies good, not {others_good}, and {bad} % bad in both" in results_page
     good, bad = shares("GRPO, --reward terminal --gamma 1", 2)
-    assert f"they find {good} of 60 good, {bad} +- 6 % bad" in text
+    assert f"they find {good} of 60 good, {bad} +- 6 % bad" in results_page
 
 
 def test_the_shares_of_right_acts_are_those_of_the_labels(readme, labels):
@@ -185,14 +194,13 @@ def test_the_shares_of_right_acts_are_those_of_the_labels(readme, labels):
         ("thinking", "GRPO", "think - not", "{} after GRPO"),
     ],
 )
-def test_a_paired_difference_is_that_of_the_persons(file, of, pair, words):
+def test_a_paired_difference_is_that_of_the_persons(file, of, pair, words, results_page):
     found = json.loads((ROOT / "results" / "laptop" / f"{file}.json").read_text(encoding="utf-8"))[of]
     one, other = (found[name] for name in pair.split(" - "))
     difference, error = mean_and_error([one[person] - other[person] for person in one])
     assert len(one) == 48
     assert [found[pair]["difference"], found[pair]["standard_error"]] == pytest.approx([difference, error], abs=0.01)
-    text = " ".join((ROOT / "results" / "README.md").read_text(encoding="utf-8").split())
-    assert words.format(f"{difference:+.1f} +- {error:.1f}") in text
+    assert words.format(f"{difference:+.1f} +- {error:.1f}") in results_page
 
 
 def test_a_line_holds_the_seeds_of_one_command_and_dtype(tmp_path, monkeypatch):
