@@ -48,7 +48,7 @@ from verify import read_again, read_transcripts, transcript_of, transcripts_that
 
 # The environment with its prompts, the policy's prompt, its sampling.
 CODE = ("simulator", "prompted_user", "answers", "offline_user", "reader", "llm", "generator", "rollout", "policy", "evaluate",
-        "verify", "extras/probes")  # fmt: skip
+        "verify", "users", "extras/probes")  # fmt: skip
 # --beyond: name -> the flags that make this user
 USERS = {
     "vanilla": {"difficulty": "vanilla", "user": "plain"},

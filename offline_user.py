@@ -197,7 +197,8 @@ def next_message(user: User, reply: str, change: int) -> str:
 class OfflineSimulator:
     """The offline user behind the interface that every simulator has: `open` a dialogue, `submit` a reply, `work`.
 
-    `open` and `submit` return Futures; `work` reads all replies that wait, in one batch, and answers them.
+    `open` and `submit` return Futures; `work` reads all replies that wait, in one batch, and answers them: it keeps the user's
+    emotion, replies and messages. A Future that nobody resolves holds up the rollout.
     """
 
     def __init__(self, reader, difficulty: str = "vanilla", adversarial: bool = False):

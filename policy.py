@@ -332,7 +332,7 @@ class Critic(nn.Module):
         self.value_head.to(next(model.parameters()).device)
 
     def forward(self, batch, members: list[int]):
-        """(values (n,) float32, indices into N (n,)): what the dialogue will still bring, seen before each sampled token."""
+        """(values (n,) float32, indices into N (n,)): the discounted rewards still to come, seen before each sampled token."""
         hidden_n_D, index_n = sampled_hidden(self, batch, members, self.dtype)
         return self.value_head(hidden_n_D.float()).sum(-1), index_n
 

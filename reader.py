@@ -119,6 +119,10 @@ class Reader:
         if not Path(weights).is_file():
             raise ModelError(f"--reader {weights}: no such file; `python reader.py --fit` makes one")
         saved = torch.load(weights, weights_only=True)
+        if saved.get("acts") != ACTS:
+            raise ModelError(
+                f"--reader {weights}: fitted on other acts than reader.ACTS; fit it anew, `python reader.py --fit`"
+            )
         self.features, self.head = Features(saved["model"], saved["layers"]), Head(len(saved["head"]["mean"]))
         self.head.load_state_dict({name: value.float() for name, value in saved["head"].items()})
 
@@ -136,7 +140,7 @@ load_reader = cache(Reader)  # a process needs a reader once
 def save_reader(path: Path, model: str, layers: tuple[int, ...], head: Head) -> None:
     state = {name: value.half() if "linear" in name else value for name, value in head.state_dict().items()}
     draft = path.with_suffix(".tmp")
-    torch.save({"model": model, "layers": layers, "head": state}, draft)
+    torch.save({"model": model, "layers": layers, "acts": ACTS, "head": state}, draft)
     draft.replace(path)
 
 
@@ -197,12 +201,7 @@ def main(argv=None) -> int:
     add = parser.add_argument
     add("--fit", action="store_true", required=True, help="fit the head anew")
     add("--judge", action="store_true", help="the second reader, on what the first has not seen")
-    add(
-        "--layers",
-        type=int,
-        nargs="+",
-        help="whose outputs are read, of SmolLM2's 30 (default: 10 14 18, the judge 22)",
-    )
+    add("--layers", type=int, nargs="+", help="of SmolLM2's 30, to be read (default: 10 14 18, the judge 22)")
     add("--out", help="where the weights go")
     args = parser.parse_args(argv)
     path = Path(args.out or (JUDGE if args.judge else WEIGHTS))

@@ -15,10 +15,11 @@ Deliberate deviations from the paper
     - Dialogues can share their history, so that the replies which are compared answer the same message (`together`).
 """
 
+import copy
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -53,7 +54,7 @@ class Turn:
     thinking: str
     reply: str
     format_ok: bool
-    reaction: Reaction | None = None  # None after a broken format: no user has read the reply
+    reaction: Reaction | None = None  # None where no user has answered: the format or the user broke
 
 
 @dataclass
@@ -182,6 +183,8 @@ def rollout(
         else:
             simulator.work()
             wait([*talks.opening, *talks.listening], return_when=FIRST_COMPLETED)
+    # Free now: the traceback of a broken user's error holds on to this frame.
+    generator.cache = generator.captured = None
     return dialogues
 
 
@@ -255,7 +258,7 @@ class Talks:
             uniforms = torch.rand(self.max_new_tokens, generator=self.randoms[i]).tolist()
             self.speaking.append(Reply(i, slot, prompt_ids, prompt_ids[held:], uniforms))
             if i > first:
-                self.dialogues[i].user = replace(user, messages=list(user.messages), replies=list(user.replies))
+                self.dialogues[i].user = copy.deepcopy(user)
         self.unanswered[first] = self.together
 
     def speak_one_token(self) -> None:

@@ -73,8 +73,7 @@ def prepare(args: Namespace) -> Run:
     start = args.model
     if args.cold_start != "none":
         with accelerator.main_process_first():  # the others find it made
-            # What several GPUs share may be too large for one of them.
-            settings = args.model, args.think, args.train_layers, device if ranks == 1 else "cpu", dtype
+            settings = args.model, args.think, args.train_layers, device, dtype
             start = str(cold_start(*settings, persons, validation_profiles))
     models = load_models(args, device, dtype, ranks, start)
     run = Run(

@@ -40,6 +40,7 @@ from users import add_simulator_flags
 DATA = Path(__file__).parent / "data"
 PRESETS = ("laptop", "paper")
 LAPTOP_TOKENS = 24, 48  # --max-new-tokens without --think and with it; also of evaluate.py
+AT_THE_END = ("terminal", "mixed")  # rewards that all replies have earned together; others are a reply's own
 SETTINGS = {  # flag: its default per preset
     "simulator": ("offline", "self"),
     "model": (SMOLLM2, "Qwen/Qwen2.5-7B-Instruct"),
@@ -175,13 +176,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.preset = args.preset or ("paper" if here else "laptop")
     if args.think and args.preset == "laptop" and args.max_new_tokens is None:
         args.max_new_tokens = LAPTOP_TOKENS[True]
-    if args.reward in ("terminal", "mixed") and args.gamma is None:
-        args.gamma = 1.0  # an end is also the doing of what was said first
+    if args.reward in AT_THE_END and args.gamma is None:
+        args.gamma = 1.0
     for name, defaults in SETTINGS.items():
         if getattr(args, name) is None:
             setattr(args, name, defaults[PRESETS.index(args.preset)])
     # Replies that are credited with nothing later can share their history.
-    args.together = args.group if (args.reward, args.gamma) == ("delta", 0.0) else 1
+    args.together = args.group if args.gamma == 0 and args.reward not in AT_THE_END else 1
     if args.algo == "ppo":
         args.group = args.together  # a critic needs no group, but what a group shares is computed once
     elif args.group < 2:

@@ -48,7 +48,7 @@ def train(args: Namespace) -> None:
         dialogues = hold_dialogues(run, step, profiles)  # 2
         transcripts = write_transcripts(run, step, dialogues)
         saved = step % args.save_every == 0  # by the step before
-        stop_if_broken(run, step, [d.dropped for d in dialogues], saved, "simulated")
+        stop_if_broken(run, step, [d.dropped for d in dialogues], run.ranks, saved, "simulated")
         batch = make_batch(dialogues, args.reward)  # 3
         clock.append(time.perf_counter())
         metrics = update(run, step, batch)  # 4
@@ -106,11 +106,11 @@ def write_transcripts(run: Run, step: int, dialogues: list[Dialogue]) -> list[di
     return transcripts
 
 
-def stop_if_broken(run: Run, step: int, dropped: list[str], saved: bool, kind: str) -> None:
-    """Save, unless that is done, and raise UserBroken when too many dialogues were dropped, or fewer are left than ranks.
+def stop_if_broken(run: Run, step: int, dropped: list[str], needed: int, saved: bool, kind: str) -> None:
+    """Save, unless that is done, and raise UserBroken when too many dialogues were dropped, or fewer than `needed` are left.
     `dropped`: of each dialogue with users of this `kind` the reason or ""."""
     reasons = [reason for reason in dropped if reason]
-    if len(reasons) <= min(MOST_DROPPED * len(dropped), len(dropped) - run.ranks):
+    if len(reasons) <= min(MOST_DROPPED * len(dropped), len(dropped) - needed):
         return
     if step > run.first_step and not saved:
         save_checkpoint(run.out, step, run.models)
@@ -167,7 +167,7 @@ def validate(run: Run, step: int) -> bool:
     if not args.eval_every or (step + 1) % args.eval_every:
         return False
     transcripts = held_out(run, run.models.sampler, run.validation_profiles)
-    stop_if_broken(run, step + 1, [t["dropped"] for t in transcripts], saved=False, kind="validation")
+    stop_if_broken(run, step + 1, [t["dropped"] for t in transcripts], 1, saved=False, kind="validation")
     score = summarize(transcripts)["score"]
     so_far = json.loads(best.read_text()) if run.main and best.exists() else [-1.0, 0]
     best_score, best_step = broadcast_object_list(so_far)  # a shared disk may still show others an old one

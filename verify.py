@@ -51,7 +51,7 @@ def read_transcripts(path: str) -> list[tuple[dict, list[str]]]:
     first model's in a result of this program.
 
     Per reply, the change must follow from the acts and guards that were read (a prompted user logs its reasons instead). Per
-    dialogue, the emotions must follow from the changes, and the final one, 0 after a broken format, is the reward x 100.
+    dialogue, the emotions must follow from the changes, and the final one, 0 after a broken format, is the score.
     Raises ValueError naming file and line.
     """
     content, checked = Path(path).read_text(encoding="utf-8").strip("\n"), []
@@ -78,10 +78,11 @@ def problems_in(transcript: dict) -> list[str]:
     users = [message for message in transcript["history"] if message["role"] == "user"]
     for turn, message in enumerate(users[1:], 1):
         change, fired = message["planning"]["change"], message["planning"].get("fired")
-        reasons = set(message["planning"]) - {"change", "fired"}  # a prompted user's
         if fired and change != derived_change(transcript, fired, users[turn - 1]["emotion-point"]):
             problems.append(f"turn {turn}: the change {change:+d} does not follow from the acts that were read")
-        if not fired and not reasons and "difficulty" in transcript:  # the public dialogues give neither
+        if (
+            not fired and not in_words(message["planning"]) and "difficulty" in transcript
+        ):  # the public dialogues give neither
             problems.append(f"turn {turn}: no reason is given for the change {change:+d}")
         changes.append(change)
     for before, message in zip(transcript["history"], transcript["history"][1:]):
@@ -100,6 +101,11 @@ def problems_in(transcript: dict) -> list[str]:
     if transcript["emo_point"] != final and not transcript.get("dropped"):
         problems.append(f"the final emotion {transcript['emo_point']} should be {final}")
     return problems
+
+
+def in_words(planning: dict) -> bool:
+    """A prompted user's reasons, not acts and guards."""
+    return not planning.get("fired") and bool(set(planning) - {"change", "fired"})
 
 
 def derived_change(transcript: dict, fired: list, emotion: int) -> int | None:
@@ -126,13 +132,14 @@ def read_again(transcripts: list[dict], reader) -> list[str]:
 
 
 def appraised_turns(transcript: dict) -> list[tuple]:
-    """(turn, the user's messages so far, reply, its guards, emotion before it, logged change) of each reply that was appraised."""
+    """Of each reply that the offline user appraised: (turn, the user's messages so far, reply, its guards, emotion before it,
+    logged change)."""
     user, turns = User(None, 0), []
     for message, after in zip(transcript["history"], transcript["history"][1:]):
         if message["role"] == "user":
             user.messages.append(message["content"])
             user.emotion = message["emotion-point"]
-        elif "planning" in after:
+        elif "planning" in after and not in_words(after["planning"]):
             said = message | {"change": after["planning"]["change"]}
             for other in (said, *(other for other in message.get("instead", ()) if "change" in other)):
                 found = guards(user, other["content"])

@@ -28,7 +28,7 @@ def persons():
 def test_every_training_person_comes_with_every_intention_and_its_own_hints(persons):
     everyone = with_every_intention(persons)
     assert {(p.id, p.intention) for p in everyone} == {(p.id, key) for p in persons for key in INTENTIONS}
-    assert len(everyone) == 8 * len(persons) and everyone[: len(persons)] == persons
+    assert len(everyone) == len(INTENTIONS) * len(persons) and everyone[: len(persons)] == persons
     held_out = [p for name in ("validation", "test") for p in load_profiles(ROOT / "data" / f"{name}_profiles.jsonl")]
     for lines in (lambda p: p.hints, lambda p: p.pleased):
         meant = {(line.lower(), p.intention) for p in everyone for line in lines(p)}

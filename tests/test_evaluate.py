@@ -19,6 +19,7 @@ import train
 from extras import probes
 from extras.report import write_report
 from offline_user import ALONE, TABLE, OfflineSimulator, change_of, points_for
+from policy import ModelError
 from reader import ACTS, Features, Head, Reader, save_reader
 from rollout import Dialogue, Turn
 from simulator import INTENTIONS
@@ -442,6 +443,13 @@ def sharp_reader(tiny_folder, tmp_path):
     return path
 
 
+def test_a_reader_of_other_acts_is_refused(sharp_reader):
+    saved = torch.load(sharp_reader, weights_only=True)
+    torch.save(saved | {"acts": (*ACTS[1:], ACTS[0])}, sharp_reader)
+    with pytest.raises(ModelError, match="other acts than reader.ACTS; fit it anew"):
+        Reader(sharp_reader)
+
+
 def test_verify_finds_what_was_forged(sharp_reader, profiles, tmp_path, capsys):
     """A change, an emotion, an act's share; and with --read a reply that another was put in for."""
     simulator = OfflineSimulator(Reader(sharp_reader))
@@ -463,6 +471,13 @@ def test_verify_finds_what_was_forged(sharp_reader, profiles, tmp_path, capsys):
         return status, capsys.readouterr().out
 
     assert verify()[0] == verify(None, "--read")[0] == 0
+
+    def prompted(row):
+        for message in row["history"][2::2]:
+            message |= {"planning": {"change": 0, "Analyse": "Fine."}, "emotion-point": 40}
+        row["emo_point"] = 40
+
+    assert verify(prompted, "--read")[0] == 0, "no reader has appraised this one"
     turn = next(turn for turn in (1, 2, 3) if rows[1]["history"][2 * turn]["planning"]["change"] < 5)
 
     def another_change(row):

@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import gc
 import random
+import weakref
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -156,6 +158,38 @@ def test_a_first_dialogue_whose_user_breaks_down_ends_those_held_with_it(model, 
     held = rollout(model, chat, Breaks(AnyReader()), [profiles[0]] * 2, [0, 1], Protocol(60, 3), together=2)
     assert [len(dialogue.turns) for dialogue in held] == [1, 1] and [d.dropped for d in held] == ["asleep", ""]
     assert make_batch(held, "delta").dialogue_N.unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_a_user_who_breaks_down_leaves_no_cache_behind(opens, model, chat, profiles, monkeypatch):
+    """The KV cache of a GPU must not wait for Python to look for cycles."""
+
+    class Breaks(OfflineSimulator):
+        def fails(self, *args):
+            def run():
+                try:
+                    raise UserBroken("asleep")
+                except UserBroken as error:
+                    future.set_exception(error)  # as in llm.in_thread: the traceback's frame knows the future
+
+            future = Future()
+            run()
+            return future
+
+    class Watched(Generator):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            caches.append(weakref.ref(self.cache))
+
+    setattr(Breaks, "open" if opens else "submit", Breaks.fails)
+    monkeypatch.setattr("rollout.Generator", Watched)
+    caches = []
+    gc.disable()
+    try:
+        held = rollout(model, chat, Breaks(AnyReader()), profiles[:1], [0], Protocol(60, 3))
+        assert held[0].dropped == "asleep" and caches[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_attention_to_slots_equals_attention_written_out(model):

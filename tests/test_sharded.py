@@ -55,10 +55,13 @@ HOLDS = {"float32": (1e-4, 0.01), "bfloat16": (0.25, 0.6)}
 @pytest.mark.parametrize("dtype", HOLDS)
 def test_two_ranks_equal_one_process(dtype, ragged_folder, tmp_path):
     """GRPO; PPO: below, by the paper's command."""
+    person = tmp_path / "person.jsonl"
+    person.write_text((ROOT / "data" / "validation_profiles.jsonl").read_text(encoding="utf-8").splitlines()[0])
     flags = ("--algo", "grpo", "--group", "2", "--dtype", dtype)
     with Stub() as stub:  # a user whose changes differ, so that advantages do
         flags = (*flags, "--steps", "3", "--lr", "1e-5", "--critic-lr", "1e-5", "--simulator", stub.url)
         flags = (*flags, "--simulator-model", "stub", "--simulator-cache", tmp_path / "cache")
+        flags = (*flags, "--eval-every", "3", "--validation-profiles", person)  # who are fewer than ranks
         run(ragged_folder, tmp_path / "one", *flags)
         run(ragged_folder, tmp_path / "two", *flags, ranks=2)
     one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")

@@ -362,7 +362,7 @@ def test_everybody_is_drawn_once_in_each_epoch_wherever_a_step_begins():
 def test_every_step_has_every_hidden_intention_equally_often():
     everybody = with_every_intention(load_profiles(ROOT / "data" / "train_profiles.jsonl"))
     for step in range(140):  # more than an epoch
-        drawn = train.draw_profiles(everybody, step, 8, seed=3)
+        drawn = train.draw_profiles(everybody, step, len(INTENTIONS), seed=3)
         assert {profile.intention for profile in drawn} == set(INTENTIONS)
     assert train.draw_profiles(everybody, 5, 8, seed=3) != train.draw_profiles(everybody, 5, 8, seed=4)
 
