@@ -35,6 +35,7 @@ FIGURES = {  # name: the commands that it compares
     "rewards": (
         "python train.py --algo grpo (bfloat16)",
         "python train.py --algo grpo --reward terminal --gamma 1 (bfloat16)",
+        "python train.py --algo grpo --reward mixed --gamma 1 (bfloat16)",
     ),
     "cold_start": (
         "python train.py --algo grpo (bfloat16)",
