@@ -192,7 +192,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--transcripts", nargs="+", metavar="FILE", help="score these dialogues instead of a model")
     add("--rerun", metavar="FILE", help="repeat the evaluation that wrote this result")
     add("--verify", metavar="FILE", help="check that a run's transcripts add up; exit status 1 if not")
-    add("--read", action="store_true", help="with --verify: read every reply again with the reader")
+    add("--read", action="store_true", help="with --verify: read again what the offline user appraised")
     add("--out", default="result.json", help="where the result goes")
     args = parser.parse_args(argv)
     args.max_new_tokens = args.max_new_tokens or LAPTOP_TOKENS[args.think]

@@ -5,7 +5,7 @@ Sections, the same as in ppo.py, to be read side by side
     2. Losses        clipped surrogate (PPO, arXiv 1707.06347, eq. 7), KL to the reference in the loss (its eq. 4)
     3. update()      one batch of dialogues -> one or more optimizer steps -> metrics
 
-Deliberate deviations from the paper (the laptop preset's, no division by std: settings.py)
+Deliberate deviations from the paper (settings.py has those of the laptop preset: no division by std)
     - The baseline is a mean over dialogues, taken before they are expanded into turns and tokens: a long dialogue weighs no
       more in its group than a short one.
     - With `delta` or `mixed` rewards the return is the discounted sum from a turn on, compared with the group's returns

@@ -198,7 +198,7 @@ class OfflineSimulator:
     """The offline user behind the interface that every simulator has: `open` a dialogue, `submit` a reply, `work`.
 
     `open` and `submit` return Futures; `work` reads all replies that wait, in one batch, and answers them: it keeps the user's
-    emotion, replies and messages. A Future that nobody resolves holds up the rollout.
+    emotion, replies and messages up to date. A Future that nobody resolves holds up the rollout.
     """
 
     def __init__(self, reader, difficulty: str = "vanilla", adversarial: bool = False):

@@ -121,7 +121,7 @@ class Reader:
         saved = torch.load(weights, weights_only=True)
         if saved.get("acts") != ACTS:
             raise ModelError(
-                f"--reader {weights}: fitted on other acts than reader.ACTS; fit it anew, `python reader.py --fit`"
+                f"--reader {weights}: not fitted on the acts in reader.ACTS; fit it anew, `python reader.py --fit`"
             )
         self.features, self.head = Features(saved["model"], saved["layers"]), Head(len(saved["head"]["mean"]))
         self.head.load_state_dict({name: value.float() for name, value in saved["head"].items()})

@@ -1,7 +1,7 @@
 """Transcripts: a dialogue in the public SAGE schema; and what one holds, derived again: every change from what was read in the
 reply, every emotion from the changes.
 
-`python evaluate.py --verify out/transcripts.jsonl` calls it; with --read the reader reads every reply once more.
+`python evaluate.py --verify out/transcripts.jsonl` calls it; with --read the reader reads once more every reply that the offline user appraised.
 """
 
 import json
@@ -80,9 +80,8 @@ def problems_in(transcript: dict) -> list[str]:
         change, fired = message["planning"]["change"], message["planning"].get("fired")
         if fired and change != derived_change(transcript, fired, users[turn - 1]["emotion-point"]):
             problems.append(f"turn {turn}: the change {change:+d} does not follow from the acts that were read")
-        if (
-            not fired and not in_words(message["planning"]) and "difficulty" in transcript
-        ):  # the public dialogues give neither
+        explained = fired or in_words(message["planning"])
+        if not explained and "difficulty" in transcript:  # the public dialogues give neither
             problems.append(f"turn {turn}: no reason is given for the change {change:+d}")
         changes.append(change)
     for before, message in zip(transcript["history"], transcript["history"][1:]):
@@ -104,7 +103,7 @@ def problems_in(transcript: dict) -> list[str]:
 
 
 def in_words(planning: dict) -> bool:
-    """A prompted user's reasons, not acts and guards."""
+    """Whether the reasons are those of a prompted user, not acts and guards."""
     return not planning.get("fired") and bool(set(planning) - {"change", "fired"})
 
 

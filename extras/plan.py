@@ -100,7 +100,10 @@ def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
     room = 0.9 * args.gpu_memory - (total("rollout") - plan["rollout: KV cache"])
     fitting = args.slots or max(1, int(rows * room / plan["rollout: KV cache"]))
     plan["rollout: KV cache"] *= min(rows, fitting) / rows
-    plan["peak"] = max(total("rollout"), total("update"))
+    alone = 0.0
+    if args.cold_start != "none" and ranks > 1:  # one process makes it
+        alone = plan["cold start: all weights"] = (state(model) + 4 * count(model, True) + copy) / 1e9
+    plan["peak"] = max(total("rollout"), total("update"), alone)
     waiting = sum(plan.get(f"rollout: {name}", 0) for name in ("sampler", "user"))
     saved = state(model) + ppo * state(model.base_model) + (1 + bool(args.eval_every)) * copy
     return plan | {"host, of all ranks": ranks * waiting, "disk": 2 * saved / 1e9}, fitting
@@ -114,7 +117,7 @@ def check_memory(plan: dict[str, float], args) -> None:
         # A micro-batch is a dialogue at least.
         alone = args.micro_tokens <= dialogue_tokens(args)
         shorter = "lower --max-new-tokens or --turns" if alone else "lower --micro-tokens"
-        advice = {"KV": "lower --max-new-tokens or --batch", "at work": shorter}
+        advice = {"KV": "lower --max-new-tokens or --batch", "at work": shorter, "cold": "choose --cold-start none"}
         advice |= {"activations": shorter if args.checkpointing else "choose --checkpointing"}
         if not args.gpus:
             advice |= {"critic": "choose --algo grpo"}

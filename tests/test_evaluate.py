@@ -446,7 +446,7 @@ def sharp_reader(tiny_folder, tmp_path):
 def test_a_reader_of_other_acts_is_refused(sharp_reader):
     saved = torch.load(sharp_reader, weights_only=True)
     torch.save(saved | {"acts": (*ACTS[1:], ACTS[0])}, sharp_reader)
-    with pytest.raises(ModelError, match="other acts than reader.ACTS; fit it anew"):
+    with pytest.raises(ModelError, match="not fitted on the acts in reader.ACTS; fit it anew"):
         Reader(sharp_reader)
 
 

@@ -187,6 +187,7 @@ def test_the_shares_of_right_acts_are_those_of_the_labels(readme, labels):
         ("harder", "vanilla test users", "challenging - vanilla", "challenging - vanilla is {}"),
         ("harder", "vanilla test users", "vanilla - open", "vanilla - open {}"),
         ("variants", "vanilla test users", "terminal - delta", "it ends {} from that"),
+        ("variants", "vanilla test users", "mixed - delta", "it ends {} from it (gain 5.0 to 11.1)"),
         ("variants", "vanilla test users", "KL 0 - delta", "Without the KL it ends {} from it"),
         ("variants", "vanilla test users", "std - delta", "(`--std`) it ends {} from it"),
         ("thinking", "cold start", "think - not", "`--think` - without it is {} after the cold start"),

@@ -224,5 +224,7 @@ def test_the_plan_says_what_fits_and_what_to_change(tmp_path, capsys):
     assert "fits into 80 GB" in out and "critic" in out
     assert train.main([*flags, "--gpus", "1"]) == 2
     assert "more GPUs" in capsys.readouterr().err
+    assert train.main([*flags, "--gpus", "8", "--cold-start", "exchanges"]) == 2
+    assert "cold start: all weights" in (error := capsys.readouterr().err) and "choose --cold-start none" in error
     peaks = [memory_plan(train.parse_args([*flags, *more]), 8)[0]["peak"] for more in ([], ["--eager"])]
     assert peaks[1] > peaks[0] + 2, "a dense mask of 40,000 x 40,000"
