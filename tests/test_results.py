@@ -157,7 +157,7 @@ def test_the_shares_of_bad_replies_are_those_of_the_labels(readme, labels):
 def test_the_shares_of_good_and_bad_replies_of_variants_are_those_of_the_labels(results_page, labels):
     def shares(model: str, graders: int) -> tuple[int, str]:
         found = [label for label in labels["labelled_variants"][model] if label["graders"] == graders]
-        assert len(found) == (60 if "terminal" in model else 120)
+        assert len(found) == (60 if "terminal" in model or graders == 3 else 120)
         return sum(label["grade"] >= 2 for label in found), percent(label["grade"] == 0 for label in found)
 
     (good, bad), (others_good, others_bad) = shares("GRPO, --kl 0", 1), shares("GRPO", 1)
@@ -165,6 +165,10 @@ def test_the_shares_of_good_and_bad_replies_of_variants_are_those_of_the_labels(
     (good, bad), (others_good, others_bad) = shares("GRPO, --std", 2), shares("GRPO", 2)
     assert bad == others_bad
     assert f"find {good} of 120 replies good, not {others_good}, and {bad} % bad in both" in results_page
+    variants = "GRPO, --reward terminal --gamma 1 --std", "GRPO, --reward mixed --gamma 1", "GRPO"
+    (good, bad), (mixed_good, mixed_bad), (others_good, others_bad) = (shares(model, 3) for model in variants)
+    words = f"find {good} and {mixed_good} of 60 replies of these two good, {bad} and {mixed_bad} % bad"
+    assert f"{words}, of the default's {others_good} and {others_bad} %" in results_page
     good, bad = shares("GRPO, --reward terminal --gamma 1", 2)
     assert f"they find {good} of 60 good, {bad} +- 6 % bad" in results_page
 
@@ -187,7 +191,8 @@ def test_the_shares_of_right_acts_are_those_of_the_labels(readme, labels):
         ("harder", "vanilla test users", "challenging - vanilla", "challenging - vanilla is {}"),
         ("harder", "vanilla test users", "vanilla - open", "vanilla - open {}"),
         ("variants", "vanilla test users", "terminal - delta", "it ends {} from that"),
-        ("variants", "vanilla test users", "mixed - delta", "it ends {} from it (gain 5.0 to 11.1)"),
+        ("variants", "vanilla test users", "mixed - delta", "{} (gain 5.0 to 11.1)"),
+        ("variants", "vanilla test users", "terminal, std - delta", "it ends {} from it (gain 6.4 to 15.0)"),
         ("variants", "vanilla test users", "KL 0 - delta", "Without the KL it ends {} from it"),
         ("variants", "vanilla test users", "std - delta", "(`--std`) it ends {} from it"),
         ("thinking", "cold start", "think - not", "`--think` - without it is {} after the cold start"),
