@@ -16,7 +16,7 @@ Deliberate deviations from the paper, laptop preset only
       itself. 24 steps are hardly enough to find out which of several replies earned a final emotion. And so a group can share
       its history, which is computed once (`rollout(together=...)`): GRPO compares replies to the same message.
     - GRPO's advantages are not divided by the group's standard deviation: where all replies miss, what differs is noise. With --std
-      the score is higher, further from the cold start, and no more sense is shown (results/README.md).
+      and `delta` the score is higher, further from the cold start, and no more sense is shown (results/README.md).
     - A KL to the model after the cold start: without it GRPO's score rose further, and the replies made less sense, which the reader
       does not see (results/laptop/choices, labelled_variants.jsonl).
     - Sampling at temperature 0.7: at temperature 1 a 135M model writes noise. All log-probs are of that same policy.

@@ -101,8 +101,9 @@ def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
     fitting = args.slots or max(1, int(rows * room / plan["rollout: KV cache"]))
     plan["rollout: KV cache"] *= min(rows, fitting) / rows
     alone = 0.0
-    if args.cold_start != "none" and ranks > 1:  # one process makes it
-        alone = plan["cold start: all weights"] = (state(model) + 4 * count(model, True) + copy) / 1e9
+    if args.cold_start != "none" and ranks > 1:  # one process makes it; 4: gradients, the last for autocast
+        trained = (4 + dtype.itemsize) * count(model, True)
+        alone = plan["cold start: all weights"] = plan["process"] + (state(model) + copy + trained) / 1e9
     plan["peak"] = max(total("rollout"), total("update"), alone)
     waiting = sum(plan.get(f"rollout: {name}", 0) for name in ("sampler", "user"))
     saved = state(model) + ppo * state(model.base_model) + (1 + bool(args.eval_every)) * copy
@@ -112,7 +113,9 @@ def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
 def check_memory(plan: dict[str, float], args) -> None:
     """Raise ValueError with advice where the plan does not fit."""
     if plan["peak"] > args.gpu_memory:
+        cold = plan["peak"] == plan.get("cold start: all weights")
         here = [name for name in list(plan)[: list(plan).index("peak")] if name != "process"]
+        here = [name for name in here if name.startswith("cold") == cold]
         most = sorted(here, key=plan.get, reverse=True)[:2]
         # A micro-batch is a dialogue at least.
         alone = args.micro_tokens <= dialogue_tokens(args)
@@ -125,7 +128,8 @@ def check_memory(plan: dict[str, float], args) -> None:
         change = [next((a for key, a in advice.items() if key in name), otherwise) for name in most]
         raise ValueError(
             f"needs about {plan['peak']:.0f} GB of {args.gpu_memory:.0f} GB per device, most of it for "
-            f"{most[0]} ({plan[most[0]]:.0f} GB) and {most[1]} ({plan[most[1]]:.0f} GB): "
+            + " and ".join(f"{name} ({plan[name]:.0f} GB)" for name in most)
+            + ": "
             + ", or ".join(dict.fromkeys(change))
         )
 

@@ -224,7 +224,10 @@ def test_the_plan_says_what_fits_and_what_to_change(tmp_path, capsys):
     assert "fits into 80 GB" in out and "critic" in out
     assert train.main([*flags, "--gpus", "1"]) == 2
     assert "more GPUs" in capsys.readouterr().err
-    assert train.main([*flags, "--gpus", "8", "--cold-start", "exchanges"]) == 2
+    flags_cold = [*flags, "--gpus", "8", "--cold-start", "exchanges"]
+    assert train.main(flags_cold) == 2
     assert "cold start: all weights" in (error := capsys.readouterr().err) and "choose --cold-start none" in error
+    assert train.main([*flags_cold, "--train-layers", "1", "--micro-tokens", "900000"]) == 2
+    assert "cold start" not in capsys.readouterr().err, "what needs most is the update's"
     peaks = [memory_plan(train.parse_args([*flags, *more]), 8)[0]["peak"] for more in ([], ["--eager"])]
     assert peaks[1] > peaks[0] + 2, "a dense mask of 40,000 x 40,000"
