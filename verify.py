@@ -1,7 +1,8 @@
 """Transcripts: a dialogue in the public SAGE schema; and what one holds, derived again: every change from what was read in the
 reply, every emotion from the changes.
 
-`python evaluate.py --verify out/transcripts.jsonl` calls it; with --read the reader reads once more every reply that the offline user appraised.
+`python evaluate.py --verify out/transcripts.jsonl` calls it; with --read the reader reads once more every reply that the offline
+user appraised.
 """
 
 import json

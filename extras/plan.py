@@ -101,7 +101,7 @@ def memory_plan(args, gpus: int) -> tuple[dict[str, float], int]:
     fitting = args.slots or max(1, int(rows * room / plan["rollout: KV cache"]))
     plan["rollout: KV cache"] *= min(rows, fitting) / rows
     alone = 0.0
-    if args.cold_start != "none" and ranks > 1:  # one process makes it; 4: gradients, the last for autocast
+    if args.cold_start != "none" and ranks > 1:  # one process makes it: gradients, and copies for autocast
         trained = (4 + dtype.itemsize) * count(model, True)
         alone = plan["cold start: all weights"] = plan["process"] + (state(model) + copy + trained) / 1e9
     plan["peak"] = max(total("rollout"), total("update"), alone)
