@@ -48,7 +48,7 @@ def train(args: Namespace) -> None:
         dialogues = hold_dialogues(run, step, profiles)  # 2
         transcripts = write_transcripts(run, step, dialogues)
         saved = step % args.save_every == 0  # by the step before
-        stop_if_broken(run, step, [d.dropped for d in dialogues], run.ranks, saved, "simulated")
+        stop_if_broken(run, step, [d.dropped for d in dialogues], run.ranks, saved, kind="simulated")
         batch = make_batch(dialogues, args.reward)  # 3
         clock.append(time.perf_counter())
         metrics = update(run, step, batch)  # 4
@@ -167,7 +167,7 @@ def validate(run: Run, step: int) -> bool:
     if not args.eval_every or (step + 1) % args.eval_every:
         return False
     transcripts = held_out(run, run.models.sampler, run.validation_profiles)
-    stop_if_broken(run, step + 1, [t["dropped"] for t in transcripts], 1, saved=False, kind="validation")
+    stop_if_broken(run, step + 1, [t["dropped"] for t in transcripts], needed=1, saved=False, kind="validation")
     score = summarize(transcripts)["score"]
     so_far = json.loads(best.read_text()) if run.main and best.exists() else [-1.0, 0]
     best_score, best_step = broadcast_object_list(so_far)  # a shared disk may still show others an old one

@@ -114,8 +114,8 @@ def check_memory(plan: dict[str, float], args) -> None:
     """Raise ValueError with advice where the plan does not fit."""
     if plan["peak"] > args.gpu_memory:
         cold = plan["peak"] == plan.get("cold start: all weights")
-        here = [name for name in list(plan)[: list(plan).index("peak")] if name != "process"]
-        here = [name for name in here if name.startswith("cold") == cold]
+        here = list(plan)[: list(plan).index("peak")]
+        here = [name for name in here if name != "process" and name.startswith("cold") == cold]
         most = sorted(here, key=plan.get, reverse=True)[:2]
         # A micro-batch is a dialogue at least.
         alone = args.micro_tokens <= dialogue_tokens(args)

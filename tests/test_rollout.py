@@ -16,6 +16,7 @@ from transformers import Gemma3Config, GenerationConfig, GPT2Config
 from transformers.generation import configuration_utils
 
 from generator import Generator, Slots, check_architecture, draw, flash, varlen
+from llm import in_thread
 from offline_user import OfflineSimulator
 from policy import Chat, ModelError, Policy
 from rollout import Dialogue, make_batch, next_prompt, rollout, split_thinking
@@ -162,19 +163,14 @@ def test_a_first_dialogue_whose_user_breaks_down_ends_those_held_with_it(model, 
 
 @pytest.mark.parametrize("opens", [True, False])
 def test_a_user_who_breaks_down_leaves_no_cache_behind(opens, model, chat, profiles, monkeypatch):
-    """The KV cache of a GPU must not wait for Python to look for cycles."""
+    """The KV cache of a GPU must not wait for Python to look for cycles, as the error's traceback does, which knows its Future."""
+
+    def asleep():
+        raise UserBroken("asleep")
 
     class Breaks(OfflineSimulator):
         def fails(self, *args):
-            def run():
-                try:
-                    raise UserBroken("asleep")
-                except UserBroken as error:
-                    future.set_exception(error)  # as in llm.in_thread: the traceback's frame knows the future
-
-            future = Future()
-            run()
-            return future
+            return in_thread(asleep)
 
     class Watched(Generator):
         def __init__(self, *args, **settings):
